@@ -1,0 +1,107 @@
+"""What a document holds beside `str` and `PIL.Image`: sound, film, semantic pictures, turns.
+
+A document is a list, for example `["seven", image, Audio(samples, 8000)]`. These classes carry
+signals; turning them into integers is the work of `unimm.tokenizer`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+
+@dataclass(frozen=True, eq=False)
+class Audio:
+    """A sound.
+
+    Args:
+        samples: float tensor (C, T) in [-1, 1]; C is 1 (mono) or 2 (stereo).
+        sample_rate: samples per second (Hz).
+
+    Raises:
+        ValueError: samples are not a finite float tensor (C, T) with 1 or 2 channels.
+    """
+
+    samples: torch.Tensor
+    sample_rate: int
+
+    def __post_init__(self) -> None:
+        samples = self.samples
+        if samples.ndim != 2 or not 1 <= samples.shape[0] <= 2 or not samples.is_floating_point():
+            raise ValueError(
+                f"Audio.samples: expected a float tensor (channels 1 or 2, time), got "
+                f"{samples.dtype} of shape {tuple(samples.shape)}"
+            )
+        if self.sample_rate <= 0:
+            raise ValueError(f"Audio.sample_rate: expected a positive rate, got {self.sample_rate}")
+        if not bool(samples.isfinite().all()):
+            raise ValueError("Audio.samples: holds NaN or infinite values; repair the sound first")
+
+    @property
+    def seconds(self) -> float:
+        """Duration in seconds."""
+        return self.samples.shape[1] / self.sample_rate
+
+    def __repr__(self) -> str:
+        channels, time = self.samples.shape
+        return f"Audio({channels} x {time} samples, {self.sample_rate} Hz, {self.seconds:.3f} s)"
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A film.
+
+    Args:
+        frames: uint8 tensor (T, H, W, 3), T at least 1.
+        fps: frames per second.
+
+    Raises:
+        ValueError: frames are not a uint8 tensor (T, H, W, 3), or fps is not positive.
+    """
+
+    frames: torch.Tensor
+    fps: float
+
+    def __post_init__(self) -> None:
+        frames = self.frames
+        if frames.ndim != 4 or frames.shape[-1] != 3 or str(frames.dtype) != "torch.uint8":
+            raise ValueError(
+                f"Video.frames: expected a uint8 tensor (frames, height, width, 3), got "
+                f"{frames.dtype} of shape {tuple(frames.shape)}"
+            )
+        if not self.fps > 0:
+            raise ValueError(f"Video.fps: expected a positive frame rate, got {self.fps}")
+
+    def __repr__(self) -> str:
+        time, height, width, _ = self.frames.shape
+        return f"Video({time} frames of {height} x {width}, {self.fps:g} fps)"
+
+
+@dataclass(frozen=True, eq=False)
+class Semantic:
+    """A picture to be written as semantic tokens, one per region, instead of a raster of codes."""
+
+    image: Image.Image
+
+    def __repr__(self) -> str:
+        width, height = self.image.size
+        return f"Semantic({height} x {width} picture)"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The beginning of a turn in a conversation: what follows was said by `role`."""
+
+    role: Literal["user", "assistant"]
+
+    def __post_init__(self) -> None:
+        if self.role not in ("user", "assistant"):
+            raise ValueError(f"Turn.role: expected 'user' or 'assistant', got {self.role!r}")
+
+
+Item: TypeAlias = "str | Image.Image | Audio | Video | Semantic | Turn"
+Document: TypeAlias = "list[Item]"

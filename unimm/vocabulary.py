@@ -1,0 +1,239 @@
+"""The one vocabulary: named blocks of contiguous ids, as plain data.
+
+Blocks stand in this order: `special` (markers), `digit` (256 tokens that write sizes), `text`,
+then one block per codec level (`image.0`, `audio.0` ... `audio.7`, `semantic.0`). An id never
+changes once it exists: new modalities append blocks at the end. The sha256 fingerprint goes into
+every token shard and every checkpoint. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Modality = Literal["text", "image", "video", "audio", "semantic"]
+AudioLayout = Literal["frame", "level"]
+
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+MARKERS = (
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<image>",
+    "</image>",
+    "<video>",
+    "</video>",
+    "<audio>",
+    "</audio>",
+    "<semantic>",
+    "</semantic>",
+    "<user>",
+    "<assistant>",
+)
+SPECIAL_SIZE = 32  # room for markers of modalities to come, so that no later id moves
+DIGIT_SIZE = 256
+PADDING_MULTIPLE = 128  # the matrix units' tile: embedding and head rows come in whole tiles
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A contiguous range of ids: `start` (first id), `size`, `end` (one past the last)."""
+
+    name: str
+    start: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """One past the last id."""
+        return self.start + self.size
+
+
+class Vocabulary:
+    """Id ranges of the one vocabulary.
+
+    Args:
+        text_size: number of text pieces.
+        codecs: modality -> sizes of its codec levels, for example `{"image": [1024],
+            "audio": [256, 256]}`; blocks are appended in the mapping's order.
+        share: modality -> modality whose blocks it writes with; `{"video": "image"}` when one
+            codec serves both.
+        audio_layout: "frame" (open-ended, streams) or "level" (coarse to fine).
+
+    Raises:
+        ValueError: a size is not positive, or a modality is unknown, missing or given twice.
+    """
+
+    def __init__(
+        self,
+        text_size: int,
+        codecs: Mapping[str, list[int]] | None = None,
+        *,
+        share: Mapping[str, str] | None = None,
+        audio_layout: AudioLayout = "frame",
+    ) -> None:
+        codecs, share = dict(codecs or {}), dict(share or {})
+        if audio_layout not in get_args(AudioLayout):
+            raise ValueError(f"audio_layout: expected 'frame' or 'level', got {audio_layout!r}")
+        for modality in (*codecs, *share):
+            if modality not in MODALITIES or modality == "text":
+                raise ValueError(f"modality {modality!r} is unknown; known are {MODALITIES[1:]}")
+        for modality, owner in share.items():
+            if owner not in codecs or modality in codecs:
+                raise ValueError(f"{modality!r} can't share the blocks of {owner!r}: see codecs")
+        self.audio_layout: AudioLayout = audio_layout
+        self.share = share
+        self._blocks: dict[str, Block] = {}
+        self._end = 0
+        self._append("special", SPECIAL_SIZE)
+        self._append("digit", DIGIT_SIZE)
+        self._append("text", text_size)
+        self._levels: dict[str, list[Block]] = {}
+        for modality, sizes in codecs.items():
+            self._levels[modality] = [
+                self._append(f"{modality}.{level}", size) for level, size in enumerate(sizes)
+            ]
+
+    def _append(self, name: str, size: int) -> Block:
+        if size < 1:
+            raise ValueError(f"block {name!r}: size must be at least 1, got {size}")
+        block = Block(name, self._end, size)
+        self._blocks[name] = block
+        self._end = block.end
+        return block
+
+    def __len__(self) -> int:
+        """Number of ids in use."""
+        return self._end
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self._blocks.values())
+
+    def __getitem__(self, name: str) -> Block:
+        if name not in self._blocks:
+            raise KeyError(f"no block {name!r}; blocks are {', '.join(self._blocks)}")
+        return self._blocks[name]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({len(self)} ids, {self.fingerprint[:12]}: {', '.join(self._blocks)})"
+
+    @property
+    def padded_size(self) -> int:
+        """Rows of embedding and head: `len(self)` rounded up to a multiple of 128."""
+        return -(-len(self) // PADDING_MULTIPLE) * PADDING_MULTIPLE
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that this vocabulary can write, text first."""
+        return tuple(m for m in MODALITIES if m == "text" or m in self._levels or m in self.share)
+
+    def marker(self, name: str) -> int:
+        """Id of a marker such as `"<image>"`."""
+        return MARKERS.index(name)
+
+    def levels(self, modality: str) -> list[Block]:
+        """The blocks of a modality's codec levels, coarse first.
+
+        Raises:
+            ValueError: this vocabulary has no codec for the modality.
+        """
+        owner = self.share.get(modality, modality)
+        if owner not in self._levels:
+            raise ValueError(
+                f"this vocabulary has no {modality!r} tokens; it has {', '.join(self.modalities)}"
+            )
+        return self._levels[owner]
+
+    def block_of(self, token: int) -> Block:
+        """The block that holds an id.
+
+        Raises:
+            ValueError: the id lies outside the vocabulary.
+        """
+        for block in self:
+            if block.start <= token < block.end:
+                return block
+        raise ValueError(f"id {token} lies outside the vocabulary (0 to {len(self) - 1})")
+
+    def extended(self, codecs: Mapping[str, list[int]]) -> Vocabulary:
+        """A vocabulary with more modalities at the end; no existing id changes."""
+        return Vocabulary(
+            self["text"].size,
+            {**self._codec_sizes(), **codecs},
+            share=self.share,
+            audio_layout=self.audio_layout,
+        )
+
+    def _codec_sizes(self) -> dict[str, list[int]]:
+        return {name: [block.size for block in blocks] for name, blocks in self._levels.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `vocabulary.json` holds it."""
+        return {
+            "format": FORMAT,
+            "audio_layout": self.audio_layout,
+            "share": self.share,
+            "blocks": [{"name": b.name, "start": b.start, "size": b.size} for b in self],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Vocabulary:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: the format is unknown, or the blocks are not the ones that the sizes give.
+        """
+        if data.get("format") != FORMAT:
+            raise ValueError(f"vocabulary format {data.get('format')!r} is not {FORMAT}")
+        codecs: dict[str, list[int]] = {}
+        text_size = 0
+        for block in data["blocks"]:
+            modality, _, level = block["name"].partition(".")
+            if level:
+                codecs.setdefault(modality, []).append(block["size"])
+            elif modality == "text":
+                text_size = block["size"]
+        vocabulary = cls(
+            text_size, codecs, share=data["share"], audio_layout=data["audio_layout"]
+        )
+        if vocabulary.to_dict()["blocks"] != list(data["blocks"]):
+            raise ValueError("vocabulary blocks are not contiguous in their fixed order")
+        return vocabulary
+
+    def to_json(self) -> str:
+        """The text of `vocabulary.json`."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Vocabulary:
+        """Read `vocabulary.json`."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the canonical form; equal exactly when all ids mean the same."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def require(self, fingerprint: str, owner: str) -> None:
+        """Refuse what was made with another vocabulary.
+
+        Raises:
+            ValueError: `fingerprint` is not this vocabulary's; the message names both.
+        """
+        if fingerprint != self.fingerprint:
+            raise ValueError(
+                f"{owner} was made with vocabulary {fingerprint[:12]}, not with this one "
+                f"({self.fingerprint[:12]}): use the tokenizer that made it, or make it again"
+            )
