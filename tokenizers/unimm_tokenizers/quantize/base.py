@@ -1,0 +1,54 @@
+"""The signature that every quantizer has, and the figures that every quantizer reports."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Quantized(NamedTuple):
+    """quantized: (B, D, *grid), straight-through; codes: int64 (B, K, *grid); loss: scalar."""
+
+    quantized: Tensor
+    codes: Tensor
+    loss: Tensor
+
+
+class CodeUsage(NamedTuple):
+    """Per level (K,): share of codes used, perplexity, entropy in bits per code."""
+
+    usage: Tensor
+    perplexity: Tensor
+    entropy: Tensor
+
+
+class Quantizer(nn.Module, ABC):
+    """Latents (B, D, *grid) to codes and back."""
+
+    num_codebooks: int
+    codebook_size: int
+
+    @abstractmethod
+    def forward(self, latents: Tensor) -> Quantized:
+        """Quantize, in float32 whatever the autocast type; updates codebooks while training."""
+
+    @abstractmethod
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codes (B, K, *grid) -> quantized latents (B, D, *grid)."""
+
+
+def code_usage(codes: Tensor, codebook_size: int) -> CodeUsage:
+    """Usage figures of codes (B, K, *grid); negative codes (padding) are left out."""
+    figures = []
+    for level in codes.movedim(1, 0):
+        used = level[level >= 0]
+        counts = torch.bincount(used.flatten(), minlength=codebook_size).double()
+        share = counts / counts.sum().clamp(min=1)
+        nats = -(share * share.clamp(min=1e-12).log()).sum()
+        usage = (counts > 0).double().mean()
+        figures.append(torch.stack([usage, nats.exp(), nats / torch.log(torch.tensor(2.0))]))
+    usage, perplexity, entropy = torch.stack(figures, dim=1).float()
+    return CodeUsage(usage, perplexity, entropy)

@@ -1,0 +1,42 @@
+"""Finite scalar quantization (Mentzer et al., arXiv 2309.15505), by `vector-quantize-pytorch`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from vector_quantize_pytorch import FSQ
+
+from unimm_tokenizers.quantize.base import Quantized, Quantizer
+
+
+class FiniteScalarQuantizer(Quantizer):
+    """Rounds a few channels to a few levels each; nothing to learn, nothing to collapse.
+
+    Args:
+        dim: channels D of the latents.
+        levels: levels per channel; their product is the codebook size. The paper's advice:
+            (8, 6, 5) for 240 codes, (8, 5, 5, 5) for 1,000, (7, 5, 5, 5, 5) for 4,375.
+    """
+
+    def __init__(self, dim: int, levels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.num_codebooks = 1
+        self.codebook_size = math.prod(levels)
+        self.fsq = FSQ(levels=list(levels), dim=dim)
+
+    def forward(self, latents: Tensor) -> Quantized:
+        """See `Quantizer.forward`; the loss is zero."""
+        grid = latents.shape[2:]
+        with torch.autocast(latents.device.type, enabled=False):
+            quantized, codes = self.fsq(latents.float().flatten(2).transpose(1, 2))
+        quantized = quantized.transpose(1, 2).unflatten(2, grid)
+        codes = codes.long()[:, None].unflatten(2, grid)
+        return Quantized(quantized, codes, latents.new_zeros((), dtype=torch.float32))
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """See `Quantizer.lookup`."""
+        grid = codes.shape[2:]
+        quantized = self.fsq.indices_to_codes(codes.flatten(1))
+        return quantized.transpose(1, 2).unflatten(2, grid)
