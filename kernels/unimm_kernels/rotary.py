@@ -1,0 +1,332 @@
+"""Rotary position embedding over several axes, alone or fused with the norm of queries and keys.
+
+Channel pair p of P = D / 2 is (p, p + P), the half-split layout of GPT-NeoX and Llama; it turns by
+positions[a] * bases[a] ** (-i / n), p being pair i of the n pairs of axis a. The P pairs are split
+over the axes as even as it goes, in order, the rest to the first axis. With one axis and base b
+this is plain rotary embedding, angle pos * b ** (-2 i / D).
+Sources: Su et al. 2021 (2104.09864), section 3.2; several axes: Wang et al. 2024 (2409.12191),
+section 2.1; norm of queries and keys: Dehghani et al. 2023 (2302.05442), section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unimm_kernels.backend import adjacent, programs, resolve, tl, triton
+
+
+def rotary(
+    x: Tensor,
+    positions: Tensor,
+    *,
+    bases: Sequence[float],
+    implementation: str | None = None,
+) -> Tensor:
+    """Turn the channel pairs of `x` by their positions; differentiable in x.
+
+    Args:
+        x: (B, T, H, D), D even, floating.
+        positions: (A, B, T), integers or floats: for A = 3 the axes are t, h, w.
+        bases: A floats, the base of each axis.
+        implementation: "triton", "torch" or None (by device).
+
+    Returns:
+        (B, T, H, D) in x's dtype; angles and products are in float32.
+    """
+    _check("rotary", x, positions, bases)
+    if resolve(implementation, x) == "torch":
+        return _turn(x, *_angles(positions, x.shape[-1], bases))
+    return _rotary(x, positions, [float(base) for base in bases], False)
+
+
+def qk_norm_rotary(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    positions: Tensor,
+    *,
+    bases: Sequence[float],
+    eps: float = 1e-6,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Root-mean-square norm of each head, times a weight, then rotary embedding; differentiable.
+
+    Args:
+        q: (B, T, H, D), D even, floating.
+        k: (B, T, G, D).
+        q_weight: (D,), shared by the query heads.
+        k_weight: (D,), shared by the key heads.
+        positions: (A, B, T), integers or floats.
+        bases: A floats, the base of each axis.
+        eps: added to the mean square.
+        implementation: "triton", "torch" or None (by device).
+
+    Returns:
+        q (B, T, H, D) and k (B, T, G, D) in their own dtypes; the arithmetic is float32.
+    """
+    _check("qk_norm_rotary", q, positions, bases)
+    _check("qk_norm_rotary", k, positions, bases)
+    for name, x, weight in (("q_weight", q, q_weight), ("k_weight", k, k_weight)):
+        if weight.shape != x.shape[-1:]:
+            raise ValueError(
+                f"qk_norm_rotary: {name} {tuple(weight.shape)} must be ({x.shape[-1]},)"
+            )
+    if resolve(implementation, q) == "torch":
+        angles = _angles(positions, q.shape[-1], bases)
+        return (
+            _turn(_normed(q, q_weight, eps), *angles).to(q.dtype),
+            _turn(_normed(k, k_weight, eps), *angles).to(k.dtype),
+        )
+    numbers = [float(base) for base in bases]
+    return (
+        _norm_rotary(q, q_weight, positions, numbers, eps),
+        _norm_rotary(k, k_weight, positions, numbers, eps),
+    )
+
+
+def pairs_per_axis(head_dim: int, axes: int) -> list[int]:
+    """How many channel pairs each axis turns: as even as it goes, the rest to the first."""
+    share = head_dim // 2 // axes
+    return [head_dim // 2 - share * (axes - 1), *[share] * (axes - 1)]
+
+
+@lru_cache
+def pair_speeds(bases: tuple[float, ...], head_dim: int) -> tuple[list[float], list[int]]:
+    """Angle of each channel pair at position 1, and the axis that the pair turns with."""
+    speeds: list[float] = []
+    axes: list[int] = []
+    for axis, (base, n) in enumerate(zip(bases, pairs_per_axis(head_dim, len(bases)), strict=True)):
+        speeds += [float(base) ** (-i / n) for i in range(n)]
+        axes += [axis] * n
+    return speeds, axes
+
+
+def _check(op: str, x: Tensor, positions: Tensor, bases: Sequence[float]) -> None:
+    if x.ndim != 4 or x.shape[-1] % 2 or not x.is_floating_point():
+        raise ValueError(f"{op}: x {tuple(x.shape)} must be floating (B, T, H, D) with D even")
+    if positions.shape != (len(bases), *x.shape[:2]):
+        raise ValueError(
+            f"{op}: positions {tuple(positions.shape)} must be "
+            f"({len(bases)}, {x.shape[0]}, {x.shape[1]}), a row for each of the {len(bases)} bases"
+        )
+    if x.shape[-1] // 2 < len(bases):
+        raise ValueError(f"{op}: {x.shape[-1]} channels are too few for {len(bases)} axes")
+
+
+def _angles(positions: Tensor, head_dim: int, bases: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, T, 1, P) in float32."""
+    speeds, axes = pair_speeds(tuple(bases), head_dim)
+    parts = []
+    for axis, position in enumerate(positions):
+        own = speeds[axes.index(axis) : axes.index(axis) + axes.count(axis)]
+        parts.append(position.float()[..., None] * torch.tensor(own, device=positions.device))
+    angle = torch.cat(parts, -1)[:, :, None]
+    return angle.cos(), angle.sin()
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(wide)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+@triton.jit
+def angles_of(POSITIONS, SPEEDS, AXES, token, tokens, p, P: tl.constexpr):
+    """cos and sin of the angles of the pairs p at one token."""
+    axis = tl.load(AXES + p, mask=p < P, other=0)
+    position = tl.load(POSITIONS + axis * tokens + token)
+    angle = position * tl.load(SPEEDS + p, mask=p < P, other=0.0)
+    return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
+def forward_kernel(
+    X, WEIGHT, Y, POSITIONS, SPEEDS, AXES, eps, length, tokens, heads, sb, st, sh,
+    P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+    NORMED: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    """All heads of one token, whose angles are made once. Y is dense."""
+    token = tl.program_id(0)
+    p = tl.arange(0, BLOCK_P)
+    cos, sin = angles_of(POSITIONS, SPEEDS, AXES, token, tokens, p, P)
+    if INVERSE:
+        sin = -sin
+    X += (token // length).to(tl.int64) * sb + (token % length) * st
+    Y += token.to(tl.int64) * heads * (2 * P)
+    for start in tl.range(0, heads, BLOCK_H):
+        head = start + tl.arange(0, BLOCK_H)
+        mask = (head < heads)[:, None] & (p < P)[None, :]
+        x = X + head[:, None] * sh + p[None, :]
+        a = tl.load(x, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x + P, mask=mask, other=0.0).to(tl.float32)
+        if NORMED:
+            r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * P) + eps)[:, None]
+            a *= r * tl.load(WEIGHT + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+            b *= r * tl.load(WEIGHT + P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+        y = Y + head[:, None] * (2 * P) + p[None, :]
+        dtype = Y.dtype.element_ty
+        tl.store(y, (a * cos[None, :] - b * sin[None, :]).to(dtype), mask=mask)
+        tl.store(y + P, (b * cos[None, :] + a * sin[None, :]).to(dtype), mask=mask)
+
+
+@triton.jit
+def norm_backward_kernel(
+    DY, X, WEIGHT, DX, DWEIGHT, POSITIONS, SPEEDS, AXES,
+    eps, length, tokens, share, heads, sdb, sdt, sdh, sb, st, sh,
+    P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """`share` tokens: the turn undone, then the norm's gradient as in rms_norm.py. DX is dense;
+    DWEIGHT holds one row of float32 sums for each program."""
+    p = tl.arange(0, BLOCK_P)
+    weight_a = tl.load(WEIGHT + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+    weight_b = tl.load(WEIGHT + P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+    sum_a = tl.zeros([BLOCK_P], tl.float32)
+    sum_b = tl.zeros([BLOCK_P], tl.float32)
+    first = tl.program_id(0).to(tl.int64) * share
+    for token in tl.range(first, tl.minimum(first + share, tokens)):
+        cos, sin = angles_of(POSITIONS, SPEEDS, AXES, token, tokens, p, P)
+        batch = token // length
+        own = token % length
+        for start in tl.range(0, heads, BLOCK_H):
+            head = start + tl.arange(0, BLOCK_H)
+            mask = (head < heads)[:, None] & (p < P)[None, :]
+            dy = DY + batch * sdb + own * sdt + head[:, None] * sdh + p[None, :]
+            da = tl.load(dy, mask=mask, other=0.0).to(tl.float32)
+            db = tl.load(dy + P, mask=mask, other=0.0).to(tl.float32)
+            x = X + batch * sb + own * st + head[:, None] * sh + p[None, :]
+            a = tl.load(x, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(x + P, mask=mask, other=0.0).to(tl.float32)
+            turned = da * cos[None, :] + db * sin[None, :]
+            db = db * cos[None, :] - da * sin[None, :]
+            da = turned
+            r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * P) + eps)[:, None]
+            a *= r
+            b *= r
+            sum_a += tl.sum(da * a, 0)
+            sum_b += tl.sum(db * b, 0)
+            da *= weight_a
+            db *= weight_b
+            mean = ((tl.sum(da * a, 1) + tl.sum(db * b, 1)) / (2 * P))[:, None]
+            dx = DX + token * heads * (2 * P) + head[:, None] * (2 * P) + p[None, :]
+            tl.store(dx, (r * (da - a * mean)).to(DX.dtype.element_ty), mask=mask)
+            tl.store(dx + P, (r * (db - b * mean)).to(DX.dtype.element_ty), mask=mask)
+    out = DWEIGHT + tl.program_id(0) * (2 * P) + p
+    tl.store(out, sum_a, mask=p < P)
+    tl.store(out + P, sum_b, mask=p < P)
+
+
+@lru_cache
+def _tables(bases: tuple[float, ...], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`pair_speeds` on the device: float32 and int32 (P,)."""
+    speeds, axes = pair_speeds(bases, head_dim)
+    return (
+        torch.tensor(speeds, dtype=torch.float32, device=device),
+        torch.tensor(axes, dtype=torch.int32, device=device),
+    )
+
+
+def _blocks(x: Tensor) -> dict[str, int]:
+    """Pairs, their power of two, and heads at once: at most 4,096 pairs in registers."""
+    pairs = x.shape[-1] // 2
+    block = triton.next_power_of_2(pairs)
+    heads = min(triton.next_power_of_2(x.shape[2]), max(1, 4096 // block))
+    return {"P": pairs, "BLOCK_P": block, "BLOCK_H": heads}
+
+
+def _launch_forward(
+    x: Tensor, weight: Tensor | None, positions: Tensor, bases: list[float], eps: float, back: bool
+) -> Tensor:
+    (x,) = adjacent(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    batch, length, heads, head_dim = x.shape
+    forward_kernel[(batch * length,)](
+        x, x if weight is None else weight.contiguous(), y, positions.float().contiguous(),
+        *_tables(tuple(bases), head_dim, x.device), eps, length, batch * length, heads,
+        *x.stride()[:3], **_blocks(x), NORMED=weight is not None, INVERSE=back, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+@torch.library.custom_op("unimm::rotary", mutates_args=())
+def _rotary(x: Tensor, positions: Tensor, bases: list[float], inverse: bool) -> Tensor:
+    return _launch_forward(x, None, positions, bases, 0.0, inverse)
+
+
+@_rotary.register_fake
+def _(x: Tensor, positions: Tensor, bases: list[float], inverse: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _rotary_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, positions, ctx.bases, ctx.inverse = inputs
+    ctx.save_for_backward(positions)
+
+
+def _rotary_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    """A rotation's gradient is the rotation back."""
+    return _rotary(grad, *ctx.saved_tensors, ctx.bases, not ctx.inverse), None, None, None
+
+
+_rotary.register_autograd(_rotary_backward, setup_context=_rotary_setup)
+
+
+@torch.library.custom_op("unimm::norm_rotary", mutates_args=())
+def _norm_rotary(
+    x: Tensor, weight: Tensor, positions: Tensor, bases: list[float], eps: float
+) -> Tensor:
+    return _launch_forward(x, weight, positions, bases, eps, False)
+
+
+@_norm_rotary.register_fake
+def _(x: Tensor, weight: Tensor, positions: Tensor, bases: list[float], eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("unimm::norm_rotary_backward", mutates_args=())
+def _norm_rotary_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, positions: Tensor, bases: list[float], eps: float
+) -> tuple[Tensor, Tensor]:
+    grad, x = adjacent(grad, x)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    batch, length, heads, head_dim = x.shape
+    tokens = batch * length
+    count = max(1, min(tokens, programs(x.device)))
+    partial = torch.empty(count, head_dim, dtype=torch.float32, device=x.device)
+    norm_backward_kernel[(count,)](
+        grad, x, weight.contiguous(), dx, partial, positions.float().contiguous(),
+        *_tables(tuple(bases), head_dim, x.device), eps, length, tokens,
+        triton.cdiv(tokens, count), heads, *grad.stride()[:3], *x.stride()[:3], **_blocks(x),
+        num_warps=4,
+    )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+@_norm_rotary_gradient.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, positions: Tensor, bases: list[float], eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, positions, ctx.bases, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, positions)
+
+
+def _norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _norm_rotary_gradient(grad, *ctx.saved_tensors, ctx.bases, ctx.eps)
+    return (*grads, None, None, None)
+
+
+_norm_rotary.register_autograd(_norm_backward, setup_context=_norm_setup)
