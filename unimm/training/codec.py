@@ -26,6 +26,7 @@ class CodecTask(Task):
         adversarial_weight: weight of its hinge loss in the codec's loss; small and fixed, as in
             Open-MAGVIT2 and IBQ (0.1).
         adversarial_start: first step at which the codec feels the adversary.
+        quantizer_start: first step that quantizes; before it the codec is a plain auto-encoder.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class CodecTask(Task):
         discriminator: nn.Module | None = None,
         adversarial_weight: float = 0.1,
         adversarial_start: int = 0,
+        quantizer_start: int = 0,
     ) -> None:
         super().__init__(optimizer or OptimizerConfig())
         self.codec = codec.train()
@@ -43,6 +45,7 @@ class CodecTask(Task):
         self.discriminator = discriminator
         self.adversarial_weight = adversarial_weight
         self.adversarial_start = adversarial_start
+        self.quantizer_start = quantizer_start
 
     def bundle_entry(self) -> dict[str, Any]:
         """See `Task.bundle_entry`."""
@@ -67,6 +70,7 @@ class CodecTask(Task):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One step on every modality of the batch together."""
+        self.codec.quantizer.warming_up = self.global_step < self.quantizer_start
         terms: dict[str, Tensor] = {}
         made: list[tuple[Tensor, Tensor]] = []
         for modality, signals in batch.items():

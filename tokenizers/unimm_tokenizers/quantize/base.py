@@ -26,14 +26,27 @@ class CodeUsage(NamedTuple):
 
 
 class Quantizer(nn.Module, ABC):
-    """Latents (B, D, *grid) to codes and back."""
+    """Latents (B, D, *grid) to codes and back.
+
+    While `warming_up` is set, training passes latents through as they are (codes -1, loss 0): an
+    auto-encoder that has found what matters gives k-means a better start than a random one.
+    """
 
     num_codebooks: int
     codebook_size: int
+    warming_up: bool = False
 
-    @abstractmethod
     def forward(self, latents: Tensor) -> Quantized:
         """Quantize, in float32 whatever the autocast type; updates codebooks while training."""
+        if self.training and self.warming_up:
+            shape = (latents.shape[0], self.num_codebooks, *latents.shape[2:])
+            codes = torch.full(shape, -1, dtype=torch.int64, device=latents.device)
+            return Quantized(latents.float(), codes, latents.new_zeros((), dtype=torch.float32))
+        return self.quantize(latents)
+
+    @abstractmethod
+    def quantize(self, latents: Tensor) -> Quantized:
+        """`forward` without the warm-up."""
 
     @abstractmethod
     def lookup(self, codes: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ class FiniteScalarQuantizer(Quantizer):
         self.codebook_size = math.prod(levels)
         self.fsq = FSQ(levels=list(levels), dim=dim)
 
-    def forward(self, latents: Tensor) -> Quantized:
-        """See `Quantizer.forward`; the loss is zero."""
+    def quantize(self, latents: Tensor) -> Quantized:
+        """See `Quantizer.quantize`; the loss is zero."""
         grid = latents.shape[2:]
         with torch.autocast(latents.device.type, enabled=False):
             quantized, codes = self.fsq(latents.float().flatten(2).transpose(1, 2))

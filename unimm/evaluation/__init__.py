@@ -1,0 +1,1 @@
+"""Evaluation: worlds and judges, any-to-any accuracy, reconstruction, recipes' pipeline, pages."""

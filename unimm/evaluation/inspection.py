@@ -1,0 +1,373 @@
+"""What a file of the library holds, in plain text: `unimm inspect`.
+
+Knows bundles and codecs (folder, shipped name, Hub id), training checkpoints and run folders, raw
+shards, token shards, and many shards at once. Nothing that is read can run code, and weights are
+not loaded into memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from unimm.checkpoint import (
+    CODECS_FOLDER,
+    GENERATION_FILE,
+    INDEX_FILE,
+    LM_FOLDER,
+    TEXT_FILE,
+    VOCABULARY_FILE,
+    find_bundle,
+    read_config,
+    read_json,
+)
+from unimm.data.manifest import Manifest, manifest_path
+from unimm.data.shards import ShardReader, expand
+from unimm.model import ModelConfig
+from unimm.text import TextModel
+from unimm.training.launch import CHECKPOINTS, newest_checkpoint, read_checkpoint
+from unimm.vocabulary import MODALITIES, Vocabulary
+from unimm_tokenizers.codec import Codec
+from unimm_tokenizers.storage import CONFIG_FILE, WEIGHTS_FILE
+
+MAX_ROWS = 20  # shards listed one by one; the totals count all of them
+_KINDS = "a bundle, a codec, a checkpoint (.ckpt), a run folder or shards (.tar)"
+
+
+def inspect(path: str | Path) -> str:
+    """Describe what stands at a path, or behind a bundle's name.
+
+    Raises:
+        ValueError: it is damaged, or nothing that the library writes; says what was looked for.
+    """
+    place = Path(path)
+    if place.suffix == ".ckpt":
+        return _checkpoint(place)
+    if place.suffix == ".tar" and place.is_file():
+        return _shard(place)
+    if place.is_file():
+        raise ValueError(f"{place}: nothing that can be inspected; name {_KINDS}")
+    if place.is_dir():
+        return _folder(place)
+    if place.suffix == ".tar":
+        return _shards(expand(str(path)), str(path))
+    return _folder(find_bundle(path))
+
+
+def _folder(folder: Path) -> str:
+    if (folder / VOCABULARY_FILE).exists():
+        return _bundle(find_bundle(folder))
+    if (folder / CONFIG_FILE).exists():
+        return _codec_page(folder)
+    if (folder / CHECKPOINTS).is_dir():
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            raise ValueError(f"{folder / CHECKPOINTS}: no whole checkpoint is there")
+        return _checkpoint(newest)
+    if any(folder.glob("*.tar")):
+        return _shards(expand(folder), str(folder))
+    raise ValueError(f"{folder}: holds nothing that can be inspected; name {_KINDS}")
+
+
+# Bundles
+
+
+def _bundle(folder: Path) -> str:
+    vocabulary = Vocabulary.from_dict(read_json(folder / VOCABULARY_FILE))
+    lines = [f"bundle {folder}", "", *_vocabulary(vocabulary)]
+    text = folder / TEXT_FILE
+    lines += ["", f"text model: {TextModel.load(text).size:,} pieces, {_size(text)}"]
+    codecs = sorted((folder / CODECS_FOLDER).glob(f"*/{CONFIG_FILE}"))
+    for config in codecs:
+        lines += ["", *_codec(config.parent)]
+    if (folder / LM_FOLDER).is_dir():
+        lines += ["", *_language_model(folder / LM_FOLDER)]
+    else:
+        lines += ["", "language model: none"]
+    if (folder / GENERATION_FILE).exists():
+        defaults = read_json(folder / GENERATION_FILE)
+        lines += ["", "sampling defaults:" + " none" * (not defaults)]
+        lines += [f"  {modality}: {_settings(values)}" for modality, values in defaults.items()]
+    lines += ["", _seal(folder)]
+    return "\n".join(lines)
+
+
+def _vocabulary(vocabulary: Vocabulary) -> list[str]:
+    shared = "".join(f"; {m} writes with the blocks of {o}" for m, o in vocabulary.share.items())
+    rows = [(block.name, f"{block.size:,}", block.start, block.end - 1) for block in vocabulary]
+    return [
+        f"vocabulary: {len(vocabulary):,} ids, {vocabulary.padded_size:,} with padding, "
+        f"fingerprint {vocabulary.fingerprint[:12]}",
+        f"  audio layout {vocabulary.audio_layout}{shared}",
+        *_table(("block", "size", "first", "last"), rows),
+    ]
+
+
+def _codec_page(folder: Path) -> str:
+    return "\n".join([f"codec {folder}", "", *_codec(folder)])
+
+
+def _codec(folder: Path) -> list[str]:
+    codec = Codec.from_pretrained(folder)
+    bits = codec.num_codebooks * math.log2(codec.codebook_size)
+    units = math.prod(codec.downsample)
+    facts: dict[str, object] = {
+        "modalities": ", ".join(codec.modalities),
+        "codes": f"{codec.num_codebooks} x {codec.codebook_size:,} (K x codebook size)",
+        "channels": codec.num_channels,
+        "downsample": _by(codec.downsample),
+        "receptive field": _by(codec.receptive_field),
+    }
+    if codec.frame_rate is not None:
+        facts["sample rate"] = f"{codec.sample_rate:,} Hz"
+        facts["frame rate"] = f"{codec.frame_rate:g} Hz"
+        facts["bit rate"] = f"{bits * codec.frame_rate / 1000:.3g} kbit/s"
+    else:
+        facts["rate"] = f"{bits / units:.3g} bits per pixel"
+    weights = _weights(folder)
+    facts["weights"] = f"{_parameters(codec.parameters()):,} parameters, {weights}"
+    return [f"codec {codec.modality}: {codec.name}", *_pairs(facts)]
+
+
+def _language_model(folder: Path) -> list[str]:
+    config = read_config(ModelConfig, folder)
+    heads = f"{config.num_heads} heads ({config.kv_heads} for keys and values)"
+    weights = _weights(folder)
+    return [
+        f"language model: {weights.numbers:,} parameters, {weights}",
+        f"  width {config.d_model}, {config.num_layers} layers, {heads} of {config.head_dim}, "
+        f"feed-forward {config.feed_forward}, {config.vocab_size:,} ids, "
+        f"{'tied' if config.tied_embeddings else 'untied'} head",
+    ]
+
+
+class _Weights(NamedTuple):
+    """Numbers in a safetensors file, their types, and its size."""
+
+    numbers: int
+    types: tuple[str, ...]
+    size: str
+
+    def __str__(self) -> str:
+        return f"{self.size} ({', '.join(self.types)})"
+
+
+def _weights(folder: Path) -> _Weights:
+    """From the header of `model.safetensors` alone."""
+    path = folder / WEIGHTS_FILE
+    numbers, types = 0, set()
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
+                part = file.get_slice(name)
+                numbers += math.prod(part.get_shape())
+                types.add(part.get_dtype())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: the file is missing") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged safetensors file ({error})") from None
+    return _Weights(numbers, tuple(sorted(types)), _size(path))
+
+
+def _seal(folder: Path) -> str:
+    """`find_bundle` has compared the files with the index already."""
+    if not (folder / INDEX_FILE).exists():
+        return f"not sealed: there is no {INDEX_FILE}"
+    files = read_json(folder / INDEX_FILE)["sha256"]
+    total = sum((folder / name).stat().st_size for name in files)
+    return f"sealed: {len(files)} files, {_bytes(total)}, sha256 agrees with {INDEX_FILE}"
+
+
+# Checkpoints
+
+
+def _checkpoint(path: Path) -> str:
+    stored = read_checkpoint(path)
+    facts: dict[str, object] = {
+        "step": stored.get("global_step", "unknown"),
+        "size": _size(path),
+        "lightning": stored.get("pytorch-lightning_version", "unknown"),
+        "optimizers": len(stored.get("optimizer_states", ())),
+    }
+    for name, value in stored.items():
+        if isinstance(value, dict) and "consumed" in value:
+            facts["data"] = f"{value['consumed']:,} used ({name})"
+    ours = stored.get("unimm")
+    if ours is None:
+        return "\n".join([f"checkpoint {path} (not written by `unimm fit`)", *_pairs(facts)])
+    entry, weights = ours["entry"], ours["weights"]
+    kind = f"codec {entry['codec']}" if entry["kind"] == "codec" else "language model"
+    facts["parameters"] = f"{_parameters(weights.values()):,} (buffers included)"
+    if "vocabulary" in entry:
+        facts["vocabulary"] = entry["vocabulary"][:12]
+    config = [f"  {_settings(entry['config'])}"]
+    return "\n".join([f"checkpoint {path}: {kind}", *_pairs(facts), "config:", *config])
+
+
+# Shards
+
+
+class _ShardFacts(NamedTuple):
+    """What a table of shards shows of each."""
+
+    path: Path
+    kind: str
+    samples: int
+    bytes: int
+    tokens: Mapping[str, int]
+    vocabulary: str
+
+
+def _manifest(shard: Path) -> Manifest | None:
+    """A shard's manifest, compared with its size; raw shards may have none."""
+    if not manifest_path(shard).exists():
+        return None
+    manifest = Manifest.read(shard)
+    manifest.check(shard)
+    return manifest
+
+
+def _shard(shard: Path) -> str:
+    manifest, reader = _manifest(shard), ShardReader(shard)
+    kind = "raw" if manifest is None else manifest.kind
+    facts: dict[str, object] = {"samples": f"{len(reader):,}", "size": _size(shard)}
+    if manifest is None:
+        facts["manifest"] = "none"
+    else:
+        manifest.check_samples(shard, len(reader))
+        facts["sha256"] = manifest.sha256[:12]
+        if manifest.skipped:
+            first = manifest.skipped[0]
+            facts["left out"] = f"{len(manifest.skipped)}, first {first['key']}: {first['reason']}"
+    if manifest is not None and manifest.recipe is not None:
+        recipe = manifest.recipe
+        facts["vocabulary"] = recipe.vocabulary[:12]
+        facts["coders"] = ", ".join(f"{name} {value[:12]}" for name, value in recipe.coders.items())
+        facts["source"] = recipe.source[:12]
+        facts["templates"] = recipe.templates[:12]
+        facts["version"] = recipe.version
+        contents = _tokens(manifest.tokens, manifest.samples)
+    else:
+        contents = _files(reader)
+    title = {"raw": "raw shard", "tokens": "token shard"}[kind]
+    return "\n".join([f"{title} {shard}", *_pairs(facts), *contents])
+
+
+def _files(reader: ShardReader) -> list[str]:
+    count: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    for sample in reader:
+        for extension, member in sample.members.items():
+            count[extension] += 1
+            size[extension] += member.size
+    rows = [(f".{name}", f"{count[name]:,}", _bytes(size[name])) for name in sorted(count)]
+    keys = [sample.key for sample in reader.samples]
+    ends = [f"  keys {keys[0]} to {keys[-1]}"] if keys else []
+    return [*_table(("file", "samples", "size"), rows), *ends]
+
+
+def _tokens(tokens: Mapping[str, int], documents: int) -> list[str]:
+    total = sum(tokens.values())
+    rows = [
+        (name, f"{tokens[name]:,}", f"{tokens[name] / total:.1%}")
+        for name in MODALITIES
+        if name in tokens
+    ]
+    each = total / max(1, documents)
+    return [
+        *_table(("modality", "ids", "share"), rows),
+        f"  {total:,} ids in {documents:,} documents, {each:,.1f} each",
+    ]
+
+
+def _shards(paths: Sequence[Path], where: str) -> str:
+    facts = [_facts(path) for path in paths]
+    rows = [
+        (f.path.name, f.kind, f"{f.samples:,}", _bytes(f.bytes), f"{sum(f.tokens.values()):,}")
+        for f in facts[:MAX_ROWS]
+    ]
+    lines = [
+        f"{len(facts)} shards of {where}: {sum(f.samples for f in facts):,} samples, "
+        f"{_bytes(sum(f.bytes for f in facts))}",
+        *_table(("shard", "kind", "samples", "size", "ids"), rows),
+    ]
+    if len(facts) > MAX_ROWS:
+        lines.append(f"  and {len(facts) - MAX_ROWS} more")
+    tokenized = [f for f in facts if f.vocabulary]
+    if tokenized:
+        total: Counter[str] = Counter()
+        for f in tokenized:
+            total.update(f.tokens)
+        lines += _tokens(total, sum(f.samples for f in tokenized))
+        made = sorted({f.vocabulary[:12] for f in tokenized})
+        several = "" if len(made) == 1 else " (they can't be trained on together)"
+        lines.append(f"  vocabulary {', '.join(made)}{several}")
+    return "\n".join(lines)
+
+
+def _facts(shard: Path) -> _ShardFacts:
+    manifest = _manifest(shard)
+    if manifest is None:
+        samples = len(ShardReader(shard))
+        return _ShardFacts(shard, "raw", samples, shard.stat().st_size, {}, "")
+    made = manifest.recipe.vocabulary if manifest.recipe else ""
+    return _ShardFacts(
+        shard, manifest.kind, manifest.samples, manifest.bytes, manifest.tokens, made
+    )
+
+
+# Text
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Columns two spaces apart: the first to the left, the others to the right."""
+    cells = [tuple(head), *(tuple(str(value) for value in row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    return [
+        "  "
+        + "  ".join(
+            value.rjust(width) if column else value.ljust(width)
+            for column, (value, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+
+
+def _pairs(facts: Mapping[str, object]) -> list[str]:
+    width = max(len(name) for name in facts)
+    return [f"  {name.ljust(width)}  {value}" for name, value in facts.items()]
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_plain(value)}" for name, value in values.items())
+
+
+def _plain(value: object) -> str:
+    return _by(value) if isinstance(value, list | tuple) else str(value)
+
+
+def _by(sizes: Iterable[object]) -> str:
+    return " x ".join(str(size) for size in sizes) or "none"
+
+
+def _parameters(tensors: Iterable[Any]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _size(path: Path) -> str:
+    return _bytes(path.stat().st_size)
+
+
+def _bytes(count: int) -> str:
+    """A size in decimal units, three digits."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
