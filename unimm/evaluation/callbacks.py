@@ -23,6 +23,7 @@ class WriteSamples(lightning.Callback):
         prompts: words to start from.
         modalities: what to answer with, each in turn.
         max_new_tokens: most ids of an answer.
+        guidance: scale of classifier-free guidance for answers that are no text.
     """
 
     def __init__(
@@ -30,10 +31,12 @@ class WriteSamples(lightning.Callback):
         prompts: Sequence[str],
         modalities: Sequence[str] = ("image", "audio"),
         max_new_tokens: int = 256,
+        guidance: float = 3.0,
     ) -> None:
         self.prompts = list(prompts)
         self.modalities = list(modalities)
         self.max_new_tokens = max_new_tokens
+        self.guidance = guidance
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -49,7 +52,7 @@ class WriteSamples(lightning.Callback):
                 [[prompt] for prompt in self.prompts],
                 modality,
                 max_new_tokens=self.max_new_tokens,
-                guidance=3.0 if modality != "text" else None,
+                guidance=None if modality == "text" else self.guidance,
             )
             for number, answer in enumerate(answers, start=1):
                 write_document(answer, folder / modality, number)

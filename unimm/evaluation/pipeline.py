@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,16 +19,16 @@ import torch
 import yaml
 from rich.console import Console
 
-from unimm.checkpoint import find_bundle, seal, write_text
+from unimm.checkpoint import GENERATION_FILE, find_bundle, reopen, seal, write_json, write_text
 from unimm.data.templates import load_templates
 from unimm.data.tokenize import TokenizeConfig
 from unimm.data.tokenize_many import tokenize_shards
-from unimm.data.worlds import assemble_tokenizer, make_shards
+from unimm.data.worlds import Split, assemble_tokenizer, make_shards
 from unimm.evaluation.accuracy import Direction, DirectionResult, accuracies, measure
-from unimm.evaluation.page import write_page
+from unimm.evaluation.page import write_answers, write_page
 from unimm.evaluation.recipe import Recipe, load_recipe
 from unimm.evaluation.report import write_results
-from unimm.evaluation.worlds import judges, prompts_for, validation_scenes
+from unimm.evaluation.worlds import check_data, judges, prompts_for, validation_scenes
 from unimm.generation import generate_batch
 from unimm.model import UnifiedLM
 from unimm.signals import Document
@@ -40,6 +40,7 @@ VAL_SEED = 1
 SECONDS_FILE = "seconds.json"
 JUDGES_FOLDER = "judges"  # in a run, and in a bundle that ships with them
 FAST_SAMPLES = 60
+POLL_SECONDS = 0.2
 
 
 class Stopwatch:
@@ -80,6 +81,7 @@ def demo(out: Path, *, fast: bool = False) -> int:
 def run(name_or_path: str, out: Path, data: Path | None) -> int:
     """Every step of a recipe; returns the exit code."""
     recipe = load_recipe(name_or_path)
+    check_data(recipe.world, data)
     out.mkdir(parents=True, exist_ok=True)
     console, clock = Console(), Stopwatch(out / SECONDS_FILE)
     train, val = out / "raw/train", out / "raw/val"
@@ -116,24 +118,25 @@ def evaluate(
     model: str, name_or_path: str, out: Path, data: Path | None, samples: int | None
 ) -> int:
     """Judge a bundle in every direction of a recipe; returns the exit code."""
-    recipe = load_recipe(name_or_path)
-    out.mkdir(parents=True, exist_ok=True)
+    recipe, bundle = load_recipe(name_or_path), find_bundle(model)
+    check_data(recipe.world, data)
     wanted = recipe.samples if samples is None else samples
-    return _judge(find_bundle(model), recipe, out, data, wanted, Stopwatch(), Console())
+    if wanted < 1:
+        raise ValueError(f"samples must be 1 or more, got {wanted}")
+    out.mkdir(parents=True, exist_ok=True)
+    return _judge(bundle, recipe, out, data, wanted, Stopwatch(), Console())
 
 
-def _make(recipe: Recipe, data: Path | None, out: Path, split: str) -> None:
+def _make(recipe: Recipe, data: Path | None, out: Path, split: Split) -> None:
     """Write one split of raw shards, once."""
     done, training = out / ".complete", split == "train"
     if done.exists():
         return
-    if recipe.world == "digits" and data is None:
-        raise ValueError(f"recipe {recipe.folder.name}: name the folder of its data with --data")
     make_shards(
-        data if recipe.world == "digits" and data is not None else recipe.world,
+        data or recipe.world,
         out,
         world=recipe.world,
-        split="train" if training else "val",
+        split=split,
         count=recipe.train if training else recipe.val,
         seed=0 if training else VAL_SEED,
     )
@@ -146,32 +149,53 @@ def _train_codecs(recipe: Recipe, out: Path, console: Console) -> None:
     if not waiting:
         return
     threads = max(1, (os.cpu_count() or 1) // len(waiting))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     running: dict[str, subprocess.Popen[bytes]] = {}
-    logs = {name: out / f"{name}.log" for name in waiting}
-    for name, file in waiting.items():
-        command = [
-            *(sys.executable, "-m", "unimm.cli", "fit", "-c", str(recipe.file(file))),
-            *("--trainer.default_root_dir", str(out / name)),
-            *("--trainer.enable_progress_bar", "false"),
-            *("--data.init_args.shards", str(out / "raw/train")),
-            *("--data.init_args.val_shards", str(out / "raw/val")),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        with logs[name].open("wb") as log:
-            running[name] = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
     try:
+        for name, file in waiting.items():
+            command = [
+                *(sys.executable, "-m", "unimm.cli", "fit", "-c", str(recipe.file(file))),
+                *("--trainer.default_root_dir", str(out / name)),
+                *("--trainer.enable_progress_bar", "false"),
+                *("--data.init_args.shards", str(out / "raw/train")),
+                *("--data.init_args.val_shards", str(out / "raw/val")),
+            ]
+            with _log(out, name).open("wb") as log:
+                running[name] = subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
         with console.status(f"training {', '.join(waiting)}"):
-            for name, process in running.items():
-                if process.wait() != 0:
-                    tail = logs[name].read_text(errors="replace").strip().splitlines()[-1:]
-                    raise ValueError(f"{name} codec: training failed, see {logs[name]}: {tail}")
+            for name in _as_they_end(running):
+                if running[name].returncode != 0:
+                    raise ValueError(_failure(out, name, running[name].returncode))
                 export(out / name, out / "codecs" / name)
                 console.print(f"{name} codec trained")
     finally:
         for process in running.values():
             process.terminate()
+            process.wait()
+
+
+def _as_they_end(running: Mapping[str, subprocess.Popen[bytes]]) -> Iterator[str]:
+    """Names of processes, the first that ends first: a failure is told at once."""
+    waiting = dict(running)
+    while waiting:
+        ended = [name for name, process in waiting.items() if process.poll() is not None]
+        for name in ended:
+            del waiting[name]
+        yield from ended
+        if not ended:
+            time.sleep(POLL_SECONDS)
+
+
+def _failure(out: Path, name: str, code: int) -> str:
+    log = _log(out, name)
+    said = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it wrote nothing"]
+    return f"{name} codec: training failed (exit code {code}), see {log}: {said[0].strip()}"
+
+
+def _log(out: Path, name: str) -> Path:
+    return out / f"{name}.log"
 
 
 def _exported(out: Path, name: str) -> bool:
@@ -192,9 +216,8 @@ def _tokenize(recipe: Recipe, tokenizer: Path, raw: Path, out: Path) -> None:
 
 def _set_defaults(bundle: Path, recipe: Recipe) -> None:
     """Put the recipe's sampling defaults into the bundle."""
-    tok = UnifiedTokenizer.from_pretrained(bundle)
-    tok.defaults = {modality: dict(values) for modality, values in recipe.generation.items()}
-    tok.save_pretrained(bundle, torch.float16)
+    reopen(bundle)
+    write_json(bundle / GENERATION_FILE, recipe.generation)
     seal(bundle)
 
 
@@ -229,6 +252,7 @@ def _judge(
             results.append(result)
             console.print(f"{direction.name:>14}: {result.share}")
     with clock.step("report", console):
+        write_answers(out, results)
         page = write_page(out, tok, results, judged, scenes, clock.seconds)
     write_results(
         out / "results.json",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ JUDGE_SEED = 7  # the judges' own training scenes (dial-pad); prompts come from 
 PROMPT_SEED = 1_000_003
 _DIALPAD_PICTURES = 3000
 _DIALPAD_FILMS = 600
+_DIALPAD_SOUNDS = 500
 _DIGITS_FILMS = 3000
 
 
@@ -51,13 +53,25 @@ class Judged:
     accuracy: dict[str, float]
 
 
+def check_data(world: World, data: Path | None) -> None:
+    """Refuse a world of real data without its folder, and a folder for one that needs none.
+
+    Raises:
+        ValueError: says which of the two.
+    """
+    if world == "digits" and data is None:
+        raise ValueError("this recipe needs real data: name its folder with --data")
+    if world == "dialpad" and data is not None:
+        raise ValueError(f"this recipe makes its own data: leave out --data {data}")
+
+
 def validation_scenes(world: World, data: Path | None, count: int) -> list[Scene]:
     """Scenes that no training has seen."""
+    check_data(world, data)
     if world == "dialpad":
         return [dialpad.make_scene(PROMPT_SEED, index) for index in range(count)]
-    unseen = digits.DigitsWorld(
-        digits.load_digits(_needed(data), "val"), augment=False, seed=PROMPT_SEED
-    )
+    assert data is not None
+    unseen = digits.DigitsWorld(digits.load_digits(data, "val"), augment=False, seed=PROMPT_SEED)
     return [scene for scene, _ in unseen.scenes(count)]
 
 
@@ -83,7 +97,8 @@ def _answer(target: str, scene: Scene) -> Answer:
 
 def judges(world: World, data: Path | None, folder: Path) -> Judged:
     """Judges of a world; trained once, then read from `folder`."""
-    trainers = _dialpad_trainers() if world == "dialpad" else _digits_trainers(_needed(data))
+    check_data(world, data)
+    trainers = _dialpad_trainers() if data is None else _digits_trainers(data)
     figures = folder / "accuracy.json"
     accuracy: dict[str, float] = read_json(figures) if figures.exists() else {}
     found: dict[str, Judge] = {"text": read_text}
@@ -97,7 +112,7 @@ def judges(world: World, data: Path | None, folder: Path) -> Judged:
         found[modality] = kind.load(place)
     if world == "dialpad":
         found["audio"] = ToneJudge()
-        accuracy["audio"] = _accuracy(found["audio"], _sounds(500))
+        accuracy["audio"] = _accuracy(found["audio"], _sounds(_DIALPAD_SOUNDS))
     return Judged(found, accuracy)
 
 
@@ -130,7 +145,9 @@ def _dialpad_trainers() -> _Trainers:
 
 
 def _digits_trainers(data: Path) -> _Trainers:
-    train, val = digits.load_digits(data, "train"), digits.load_digits(data, "val")
+    @cache  # read only where a judge is still to be trained
+    def split(name: Literal["train", "val"]) -> digits.DigitsData:
+        return digits.load_digits(data, name)
 
     def pixels(part: digits.DigitsData) -> tuple[Tensor, Tensor]:
         padded = torch.from_numpy(digits.pad_pictures(part.pictures))[:, None]
@@ -146,13 +163,14 @@ def _digits_trainers(data: Path) -> _Trainers:
         return [scene.video for scene in scenes], _labels(scenes)
 
     def picture() -> TrainedJudge[ImageJudge]:
-        return train_image_judge(*pixels(train), validation=pixels(val))
+        return train_image_judge(*pixels(split("train")), validation=pixels(split("val")))
 
     def speech() -> TrainedJudge[SpeechJudge]:
-        return train_speech_judge(*sounds(train), validation=sounds(val))
+        return train_speech_judge(*sounds(split("train")), validation=sounds(split("val")))
 
     def film() -> TrainedJudge[FilmJudge]:
-        return train_film_judge(*films(train, _DIGITS_FILMS), validation=films(val, 500))
+        made, held_out = films(split("train"), _DIGITS_FILMS), films(split("val"), 500)
+        return train_film_judge(*made, validation=held_out)
 
     return {
         "image": (ImageJudge, picture),
@@ -163,9 +181,3 @@ def _digits_trainers(data: Path) -> _Trainers:
 
 def _labels(scenes: Sequence[Scene]) -> Tensor:
     return torch.tensor([scene.digit for scene in scenes])
-
-
-def _needed(data: Path | None) -> Path:
-    if data is None:
-        raise ValueError("this recipe needs real data: name its folder with --data")
-    return data
