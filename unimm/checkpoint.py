@@ -10,8 +10,8 @@ Nothing in a bundle can run code.
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
-from typing import Any, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, snapshot_download
@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from unimm_tokenizers.codec import config_from_dict
 from unimm_tokenizers.storage import (
     CONFIG_FILE,
-    load_tensors,
+    load_weights,
     read_json,
     replacing,
     save_model,
@@ -38,9 +38,10 @@ __all__ = [
     "did_you_mean",
     "find_bundle",
     "lm_folder",
-    "load_tensors",
+    "load_weights",
     "read_config",
     "read_json",
+    "reopen",
     "replacing",
     "save_model",
     "seal",
@@ -128,6 +129,11 @@ def read_config(config_class: type[Config], folder: str | Path) -> Config:
     return config_from_dict(config_class, read_json(path), str(path))
 
 
+def reopen(folder: str | Path) -> None:
+    """Drop `index.json`: the bundle is about to be written again; `seal` it once it is whole."""
+    (Path(folder) / INDEX_FILE).unlink(missing_ok=True)
+
+
 def seal(folder: str | Path) -> None:
     """Write `index.json`: the sha256 of every file in the bundle."""
     folder = Path(folder)
@@ -139,15 +145,21 @@ def verify(folder: str | Path) -> None:
     """Compare a bundle with its `index.json`; a folder without one is still being made.
 
     Raises:
-        ValueError: a file is missing or was changed; names the first.
+        ValueError: a file is missing or was changed, or the index is no index; names the first.
     """
     folder = Path(folder)
-    if not (folder / INDEX_FILE).exists():
+    index_path = folder / INDEX_FILE
+    if not index_path.exists():
         return
-    for name, expected in read_json(folder / INDEX_FILE)["sha256"].items():
+    index = read_json(index_path)
+    if not isinstance(index, dict) or not isinstance(index.get("sha256"), dict):
+        raise ValueError(f"{index_path}: this is no index of a bundle; get the bundle again")
+    for name, expected in index["sha256"].items():
+        # By the name alone: the Hub's cache keeps a bundle's files as links to a folder beside it.
+        inside = PurePosixPath(name)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ValueError(f"{index_path}: names a file outside the bundle: {name!r}")
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{folder / INDEX_FILE}: names a file outside the bundle: {name!r}")
         if not path.is_file():
             raise ValueError(f"{path}: the file is missing; get the bundle again")
         if sha256(path) != expected:

@@ -31,22 +31,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.rest = rest
     try:
         return options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if options.debug:
             traceback.print_exc()
-        print(f"unimm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"unimm: error: {_line(error)}", file=sys.stderr)
         return FAILED
 
 
+def _line(error: object) -> str:
+    """A message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="unimm", description="Native autoregressive multimodal models.")
+    parser = argparse.ArgumentParser(
+        prog="unimm",
+        description="Native autoregressive multimodal models.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Command, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--debug", action="store_true", help="show tracebacks")
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        # Without a default of its own: a sub-command's False would undo a True given before it.
+        command.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+        )
         command.set_defaults(run=run)
         return command
 
@@ -90,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     tokenize = add("tokenize", _tokenize, "raw shards -> token shards")
     tokenize.add_argument("shards", help="for example 'raw-{000000..000099}.tar'")
     tokenize.add_argument("--tokenizer", required=True)
-    tokenize.add_argument("--templates", type=Path, help="YAML list of document templates")
+    tokenize.add_argument(
+        "--templates",
+        type=Path,
+        help="YAML list of document templates; default: text and media both ways",
+    )
     tokenize.add_argument("--documents-per-sample", type=int, default=1)
     tokenize.add_argument("--out", type=Path, required=True)
     tokenize.add_argument("--workers", type=int, default=1)
@@ -183,21 +199,37 @@ def _tokenizer(options: argparse.Namespace) -> int:
 
 
 def _tokenize(options: argparse.Namespace) -> int:
-    from unimm.data.templates import load_templates
-    from unimm.data.tokenize import tokenize_shards
+    from unimm.data.shards import ShardReader, expand
+    from unimm.data.templates import default_templates, load_templates
+    from unimm.data.tokenize import TokenizeConfig
+    from unimm.data.tokenize_many import tokenize_shards
+    from unimm.tokenizer import UnifiedTokenizer
 
+    if options.templates is not None:
+        templates = load_templates(options.templates)
+    else:
+        vocabulary = UnifiedTokenizer.from_pretrained(options.tokenizer).vocabulary
+        first = ShardReader(expand(options.shards)[0])
+        if not len(first):
+            raise ValueError(f"{first.path}: holds no sample")
+        templates = default_templates(first.samples[0], vocabulary.modalities)
+    config = TokenizeConfig(
+        documents_per_sample=options.documents_per_sample,
+        seed=options.seed,
+        verify=options.verify,
+    )
     summary = tokenize_shards(
         options.shards,
         options.out,
         options.tokenizer,
-        load_templates(options.templates) if options.templates else None,
-        documents_per_sample=options.documents_per_sample,
-        seed=options.seed,
+        templates,
+        config,
         workers=options.workers,
         overwrite=options.overwrite,
-        verify=options.verify,
     )
     print(summary)
+    for shard, error in summary.failed.items():
+        print(f"unimm: error: {shard}: {_line(error)}", file=sys.stderr)
     return FAILED if summary.failed else 0
 
 
@@ -245,7 +277,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from unimm.evaluation.inspection import doctor
+    from unimm.evaluation.machine import doctor
 
     print(doctor())
     return 0

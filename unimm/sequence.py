@@ -157,6 +157,14 @@ class Rule:
         return int(bad.nonzero()[0]) if bool(bad.any()) else len(ids)
 
 
+def _find(tokens: list[int], token: int, start: int) -> int:
+    """Where a token stands from `start` on; the end where it does not."""
+    try:
+        return tokens.index(token, start)
+    except ValueError:
+        return len(tokens)
+
+
 class Grammar:
     """The grammar over one vocabulary.
 
@@ -233,11 +241,9 @@ class Grammar:
 
     @staticmethod
     def _require_range(codes: Tensor, size: int, where: str) -> None:
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < size):
-            raise ValueError(
-                f"{where}: codes must lie in 0 to {size - 1}, found {int(codes.min())} to "
-                f"{int(codes.max())}"
-            )
+        low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
+        if low < 0 or high >= size:
+            raise ValueError(f"{where}: codes must lie in 0 to {size - 1}, found {low} to {high}")
 
     @staticmethod
     def _sizes(rule: Rule, codes: Tensor, where: str) -> tuple[int, int, int]:
@@ -340,22 +346,16 @@ class Grammar:
         name = rule.modality
         sizes = self._read_sizes(tokens, start, rule)
         first = start + 1 + rule.header
-        if rule.axes:
-            stop = first + rule.count(sizes)
-        else:
-            closing = (ids[first:] == rule.close).nonzero()
-            stop = first + int(closing[0]) if len(closing) else len(tokens)
+        stop = first + rule.count(sizes) if rule.axes else _find(tokens, rule.close, first)
         misfit = rule.first_misfit(ids[first:stop], sizes)
         if not rule.axes:
             sizes = (misfit // rule.num_levels, 1, 1)
-            if salvage:  # whole frames are worth keeping, closed or not
-                stop = first + rule.count(sizes)
-                closed = stop < len(tokens) and tokens[stop] == rule.close
-                return Span(name, start, stop + closed, sizes)
-        if first + misfit < min(stop, len(tokens)):
-            level = int(rule.place(torch.tensor(misfit), *sizes).level) if rule.axes else (
-                misfit % rule.num_levels
-            )
+            whole = first + rule.count(sizes)
+            closed = whole < len(tokens) and tokens[whole] == rule.close
+            if salvage and (sizes[0] or closed):  # whole frames are worth keeping, closed or not
+                return Span(name, start, whole + closed, sizes)
+        if first + misfit < stop:
+            level = int(rule.place(torch.tensor(misfit), *sizes).level)
             raise self._error(
                 tokens,
                 first + misfit,

@@ -23,7 +23,8 @@ class Audio:
         sample_rate: samples per second (Hz).
 
     Raises:
-        ValueError: samples are not a finite float tensor (C, T) with 1 or 2 channels.
+        ValueError: samples are not a finite float tensor (C, T) with 1 or 2 channels, or the rate
+            is not positive.
     """
 
     samples: torch.Tensor
@@ -31,10 +32,11 @@ class Audio:
 
     def __post_init__(self) -> None:
         samples = self.samples
-        if samples.ndim != 2 or not 1 <= samples.shape[0] <= 2 or not samples.is_floating_point():
+        floating = str(getattr(samples, "dtype", "")).startswith(("torch.float", "torch.bfloat"))
+        if not floating or samples.ndim != 2 or not 1 <= samples.shape[0] <= 2:
             raise ValueError(
                 f"Audio.samples: expected a float tensor (channels 1 or 2, time), got "
-                f"{samples.dtype} of shape {tuple(samples.shape)}"
+                f"{_described(samples)}"
             )
         if self.sample_rate <= 0:
             raise ValueError(f"Audio.sample_rate: expected a positive rate, got {self.sample_rate}")
@@ -60,7 +62,8 @@ class Video:
         fps: frames per second.
 
     Raises:
-        ValueError: frames are not a uint8 tensor (T, H, W, 3), or fps is not positive.
+        ValueError: frames are not a uint8 tensor (T, H, W, 3), one side is 0, or fps is not a
+            positive number.
     """
 
     frames: torch.Tensor
@@ -68,12 +71,13 @@ class Video:
 
     def __post_init__(self) -> None:
         frames = self.frames
-        if frames.ndim != 4 or frames.shape[-1] != 3 or str(frames.dtype) != "torch.uint8":
+        is_bytes = str(getattr(frames, "dtype", "")) == "torch.uint8"
+        if not is_bytes or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
             raise ValueError(
                 f"Video.frames: expected a uint8 tensor (frames, height, width, 3), got "
-                f"{frames.dtype} of shape {tuple(frames.shape)}"
+                f"{_described(frames)}"
             )
-        if not self.fps > 0:
+        if not 0 < self.fps < float("inf"):
             raise ValueError(f"Video.fps: expected a positive frame rate, got {self.fps}")
 
     def __repr__(self) -> str:
@@ -101,6 +105,14 @@ class Turn:
     def __post_init__(self) -> None:
         if self.role not in ("user", "assistant"):
             raise ValueError(f"Turn.role: expected 'user' or 'assistant', got {self.role!r}")
+
+
+def _described(value: object) -> str:
+    shape = getattr(value, "shape", None)
+    if shape is None:
+        return f"a {type(value).__name__}"
+    kind = f"{type(value).__module__}.{type(value).__name__}".partition(".")[0]
+    return f"a {kind} array of {getattr(value, 'dtype', '?')}, shape {tuple(shape)}"
 
 
 Item: TypeAlias = "str | Image.Image | Audio | Video | Semantic | Turn"

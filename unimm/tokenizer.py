@@ -21,6 +21,7 @@ from unimm.checkpoint import (
     VOCABULARY_FILE,
     find_bundle,
     read_json,
+    reopen,
     shipped_bundles,
     write_json,
     write_text,
@@ -55,6 +56,19 @@ def modality_of(item: Item) -> str:
         f"a document holds str, PIL images, Audio, Video, Semantic and Turn, not "
         f"{type(item).__name__}"
     )
+
+
+def joined(document: Sequence[Item]) -> list[Item]:
+    """A document with neighbouring strings joined and empty ones left out, as ids hold it."""
+    items: list[Item] = []
+    for item in document:
+        if not isinstance(item, str):
+            items.append(item)
+        elif items and isinstance(items[-1], str):
+            items[-1] = items[-1] + item
+        elif item:
+            items.append(item)
+    return items
 
 
 class UnifiedTokenizer:
@@ -112,32 +126,40 @@ class UnifiedTokenizer:
         return self.grammar.encode(self.segments(document), complete=complete)
 
     def segments(self, document: Sequence[Item]) -> list[Segment]:
-        """A document -> grammar items in local codes, neighbouring strings joined."""
-        joined: list[Item] = []
-        for item in document:
-            if isinstance(item, str) and joined and isinstance(joined[-1], str):
-                joined[-1] = joined[-1] + item
-            elif item != "":
-                joined.append(item)
-        return self.encode_items(joined)
+        """A document -> grammar items in local codes, neighbouring strings joined.
+
+        Raises:
+            ValueError: an item can't be coded; says which (counted after joining) and why.
+        """
+        return self.encode_items(joined(document))
 
     def encode_items(self, items: Sequence[Item]) -> list[Segment]:
-        """Items of any documents -> segments; signals of one shape are coded together."""
+        """Items of any documents -> segments; signals of one shape are coded together.
+
+        Raises:
+            ValueError: an item can't be coded; says which and why.
+        """
         segments: list[Segment | None] = [None] * len(items)
         groups: defaultdict[tuple[Any, ...], list[tuple[int, Tensor]]] = defaultdict(list)
         for index, item in enumerate(items):
-            kind = modality_of(item)
-            if isinstance(item, str):
-                segments[index] = Segment("text", self.text.encode(item))
-            elif isinstance(item, Turn):
-                segments[index] = Segment(kind, torch.zeros(0, dtype=torch.int64))
-            else:
-                signal = self._signal(item, self._codec(kind))
-                groups[(kind, *signal.shape)].append((index, signal))
+            try:
+                kind = modality_of(item)
+                if isinstance(item, str):
+                    segments[index] = Segment("text", self.text.encode(item))
+                elif isinstance(item, Turn):
+                    segments[index] = Segment(kind, torch.zeros(0, dtype=torch.int64))
+                else:
+                    signal = self._signal(item, self._codec(kind))
+                    groups[(kind, *signal.shape)].append((index, signal))
+            except ValueError as error:
+                raise ValueError(f"item {index}: {error}") from None
         for (kind, *_), members in groups.items():
             for start in range(0, len(members), BATCH):
                 part = members[start : start + BATCH]
-                codes = self._encode(kind, torch.stack([signal for _, signal in part]))
+                try:
+                    codes = self._encode(kind, torch.stack([signal for _, signal in part]))
+                except ValueError as error:  # what is left to refuse is the shape, which they share
+                    raise ValueError(f"item {part[0][0]}: {error}") from None
                 for (index, _), code in zip(part, codes, strict=True):
                     segments[index] = Segment(kind, code)
         return [segment for segment in segments if segment is not None]
@@ -178,9 +200,7 @@ class UnifiedTokenizer:
         Raises:
             GrammarError: the ids are malformed and `strict` is set.
         """
-        return self.decode_segments(
-            self.grammar.parse(ids.cpu(), strict=strict, complete=complete)
-        )
+        return self.decode_segments(self.grammar.parse(ids.cpu(), strict=strict, complete=complete))
 
     def decode_segments(self, segments: Sequence[Segment]) -> list[Item]:
         """Segments of any documents -> items; codes of one shape are decoded together."""
@@ -210,8 +230,12 @@ class UnifiedTokenizer:
     # Bundles
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write vocabulary, text model, codecs and sampling defaults into a bundle folder."""
+        """Write vocabulary, text model, codecs and sampling defaults into a bundle folder.
+
+        An `index.json` that stands there is void and removed: seal the bundle anew.
+        """
         folder = Path(folder)
+        reopen(folder)
         for modality, codec in self.codecs.items():
             if modality == codec.modality:
                 codec.save_pretrained(folder / CODECS_FOLDER / modality, dtype)
@@ -248,7 +272,8 @@ def load_codec(name_or_path: str | Path) -> Codec:
     Raises:
         ValueError: nothing is found; says what was looked for.
     """
-    folder, name = Path(name_or_path), str(name_or_path)
+    folder = Path(name_or_path)
+    name = folder.as_posix()  # without a slash at the end
     if (folder / "config.json").exists():
         return Codec.from_pretrained(folder)
     bundle, _, modality = name.rpartition("/")
@@ -295,7 +320,8 @@ def audio_signal(audio: Audio, codec: Codec) -> Tensor:
     assert rate is not None
     if audio.sample_rate != rate:
         _log.warning("sound at %d Hz is resampled to the codec's %d Hz", audio.sample_rate, rate)
-        samples = torchaudio.functional.resample(samples, audio.sample_rate, rate)
+        if samples.numel():  # of nothing, torchaudio can't tell the shape
+            samples = torchaudio.functional.resample(samples, audio.sample_rate, rate)
     if samples.shape[0] != codec.num_channels:
         samples = samples.mean(0, keepdim=True).expand(codec.num_channels, -1)
     return samples.clamp(-1, 1)
@@ -308,7 +334,9 @@ def signal_item(kind: str, signal: Tensor, codec: Codec) -> Item:
         return Audio(signal, codec.sample_rate)
     pixels = ((signal + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     if kind == "video":
-        return Video(pixels.expand(3, -1, -1, -1).permute(1, 2, 3, 0).contiguous(), codec.config.fps)
+        return Video(
+            pixels.expand(3, -1, -1, -1).permute(1, 2, 3, 0).contiguous(), codec.config.fps
+        )
     array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
     image = Image.fromarray(np.ascontiguousarray(array))
     return Semantic(image) if kind == "semantic" else image

@@ -83,6 +83,9 @@ class Vocabulary:
         for modality in (*codecs, *share):
             if modality not in MODALITIES or modality == "text":
                 raise ValueError(f"modality {modality!r} is unknown; known are {MODALITIES[1:]}")
+        for modality, sizes in codecs.items():
+            if not sizes:
+                raise ValueError(f"modality {modality!r} has no codec level: give one size each")
         for modality, owner in share.items():
             if owner not in codecs or modality in codecs:
                 raise ValueError(f"{modality!r} can't share the blocks of {owner!r}: see codecs")
@@ -100,8 +103,8 @@ class Vocabulary:
             ]
 
     def _append(self, name: str, size: int) -> Block:
-        if size < 1:
-            raise ValueError(f"block {name!r}: size must be at least 1, got {size}")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"block {name!r}: size must be a whole number above 0, got {size!r}")
         block = Block(name, self._end, size)
         self._blocks[name] = block
         self._end = block.end
@@ -167,7 +170,14 @@ class Vocabulary:
         raise ValueError(f"id {token} lies outside the vocabulary (0 to {len(self) - 1})")
 
     def extended(self, codecs: Mapping[str, list[int]]) -> Vocabulary:
-        """A vocabulary with more modalities at the end; no existing id changes."""
+        """A vocabulary with more modalities at the end; no existing id changes.
+
+        Raises:
+            ValueError: a modality is there already; its ids would change.
+        """
+        for modality in codecs:
+            if modality in self._levels:
+                raise ValueError(f"this vocabulary has {modality!r} already: its ids are fixed")
         return Vocabulary(
             self["text"].size,
             {**self._codec_sizes(), **codecs},
@@ -192,21 +202,25 @@ class Vocabulary:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: the format is unknown, or the blocks are not the ones that the sizes give.
+            ValueError: the format is unknown, a part is missing, or the blocks are not the ones
+                that the sizes give.
         """
-        if data.get("format") != FORMAT:
-            raise ValueError(f"vocabulary format {data.get('format')!r} is not {FORMAT}")
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise ValueError(f"this is no vocabulary of format {FORMAT}")
+        try:
+            blocks = [(block["name"], block["size"]) for block in data["blocks"]]
+            share, audio_layout = data["share"], data["audio_layout"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the vocabulary is incomplete: {error!r}") from None
         codecs: dict[str, list[int]] = {}
         text_size = 0
-        for block in data["blocks"]:
-            modality, _, level = block["name"].partition(".")
+        for name, size in blocks:
+            modality, _, level = name.partition(".")
             if level:
-                codecs.setdefault(modality, []).append(block["size"])
+                codecs.setdefault(modality, []).append(size)
             elif modality == "text":
-                text_size = block["size"]
-        vocabulary = cls(
-            text_size, codecs, share=data["share"], audio_layout=data["audio_layout"]
-        )
+                text_size = size
+        vocabulary = cls(text_size, codecs, share=share, audio_layout=audio_layout)
         if vocabulary.to_dict()["blocks"] != list(data["blocks"]):
             raise ValueError("vocabulary blocks are not contiguous in their fixed order")
         return vocabulary
@@ -217,8 +231,15 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read `vocabulary.json`."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """Read `vocabulary.json`.
+
+        Raises:
+            ValueError: the file is missing, not JSON, or no vocabulary; names it.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @property
     def fingerprint(self) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from unimm_tokenizers.quantize import Quantizer
-from unimm_tokenizers.storage import CONFIG_FILE, load_tensors, read_json, save_model
+from unimm_tokenizers.storage import CONFIG_FILE, load_weights, read_json, save_model
 
 PADDING_CODE = -1  # fills grids that vary within a batch (semantic codecs)
 
@@ -105,8 +105,8 @@ class Codec(nn.Module, ABC):
     def forward(self, x: Tensor) -> CodecOutput:
         """One training pass over a batch (B, C, *signal)."""
 
-    def check_signal(self, x: Tensor, axes: int) -> None:
-        """Refuse what is not a signal for this codec.
+    def check_signal(self, x: Tensor, axes: int) -> Tensor:
+        """Refuse what is not a signal for this codec; the signal in the weights' dtype.
 
         Raises:
             ValueError: wrong number of axes or channels, not float, not finite, or out of range.
@@ -122,9 +122,10 @@ class Codec(nn.Module, ABC):
             raise ValueError(
                 f"{self.name}: expected values in [-1, 1], found up to {float(x.abs().max()):.3g}"
             )
+        return x.to(next(self.parameters()).dtype)
 
     def check_codes(self, codes: Tensor, axes: int) -> None:
-        """Refuse codes of the wrong grid, level count or range.
+        """Refuse codes of the wrong grid, level count, dtype or range.
 
         Raises:
             ValueError: says what was expected.
@@ -134,10 +135,12 @@ class Codec(nn.Module, ABC):
                 f"{self.name}: expected codes (batch, {self.num_codebooks} levels, {axes} grid "
                 f"axes), got {tuple(codes.shape)}"
             )
+        if codes.dtype != torch.int64:
+            raise ValueError(f"{self.name}: expected codes of int64, got {codes.dtype}")
         low, high = PADDING_CODE if self.modality == "semantic" else 0, self.codebook_size - 1
-        if codes.numel() and not (low <= int(codes.min()) and int(codes.max()) <= high):
+        if codes.numel() and not (int(codes.min()) >= low and int(codes.max()) <= high):
             raise ValueError(
-                f"{self.name}: codes must lie in 0 to {high}, found {int(codes.min())} to "
+                f"{self.name}: codes must lie in {low} to {high}, found {int(codes.min())} to "
                 f"{int(codes.max())}"
             )
 
@@ -153,17 +156,13 @@ class Codec(nn.Module, ABC):
         Raises:
             ValueError: a file is missing or damaged, or the class is not registered.
         """
-        config = dict(read_json(Path(folder) / CONFIG_FILE))
+        config = read_json(Path(folder) / CONFIG_FILE)
+        if not isinstance(config, dict):
+            raise ValueError(f"{Path(folder) / CONFIG_FILE}: expected a JSON object")
         codec = codec_from_config(str(config.pop("codec", None)), config, str(folder))
         if not isinstance(codec, cls):
             raise ValueError(f"{folder}: holds a {codec.name!r} codec, not a {cls.name!r}")
-        state = load_tensors(folder)
-        missing = codec.load_state_dict(state, strict=False)
-        if missing.missing_keys or missing.unexpected_keys:
-            raise ValueError(
-                f"{folder}: weights do not fit the config: missing {missing.missing_keys[:3]}, "
-                f"unexpected {missing.unexpected_keys[:3]}"
-            )
+        load_weights(codec, folder)
         return codec.eval()
 
 
@@ -210,10 +209,14 @@ def config_from_dict(config_class: type, data: Mapping[str, Any], where: str) ->
     Raises:
         ValueError: a key is unknown or missing; names it.
     """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where}: expected a JSON object, got a {type(data).__name__}")
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     unknown = sorted(set(data) - set(fields))
     if unknown:
-        raise ValueError(f"{where}: config key {unknown[0]!r} is unknown to {config_class.__name__}")
+        raise ValueError(
+            f"{where}: config key {unknown[0]!r} is unknown to {config_class.__name__}"
+        )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     try:
         return config_class(**values)

@@ -27,9 +27,7 @@ _PRESETS: dict[str, tuple[type[Codec], Any]] = {
     ),
     "vision-base-f8": (
         VisionCodec,
-        VisionConfig(
-            channels=96, multipliers=(1, 2, 4), num_blocks=2, codebook_size=16384
-        ),
+        VisionConfig(channels=96, multipliers=(1, 2, 4), num_blocks=2, codebook_size=16384),
     ),
     "soundstream-8khz": (
         SoundStreamCodec,

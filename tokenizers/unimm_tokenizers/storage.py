@@ -40,7 +40,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -55,7 +55,7 @@ def read_json(path: str | Path) -> Any:
         ValueError: the file is missing or not JSON; names it.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: the file is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -74,13 +74,18 @@ def save_model(
     tensors: Mapping[str, torch.Tensor],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `config.json` and `model.safetensors`; `dtype` casts floating tensors (half size)."""
+    """Write `config.json` and `model.safetensors`.
+
+    `dtype` casts floating tensors (half size); one whose range it cannot hold stays as it is.
+    """
     folder = Path(folder)
     stored = {}
     for name, tensor in tensors.items():
         value = tensor.detach().cpu()
         if dtype is not None and value.is_floating_point():
-            value = value.to(dtype)
+            cast = value.to(dtype)
+            # Counts of a codebook's use reach above float16's 65,504 and would become infinite.
+            value = cast if bool((cast.isfinite() == value.isfinite()).all()) else value
         stored[name] = value.contiguous().clone()  # safetensors refuses shared memory
     with replacing(folder / WEIGHTS_FILE) as temporary:
         save_file(stored, temporary)
@@ -102,3 +107,20 @@ def load_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: damaged safetensors file ({error})") from None
     half = (torch.float16, torch.bfloat16)
     return {name: t.float() if t.dtype in half else t for name, t in tensors.items()}
+
+
+def load_weights(module: torch.nn.Module, folder: str | Path) -> None:
+    """Read `model.safetensors` into a module, every tensor of it.
+
+    Raises:
+        ValueError: the file is missing or damaged, or does not fit the module.
+    """
+    state, expected = load_tensors(folder), module.state_dict()
+    wrong = sorted(
+        key
+        for key in expected.keys() | state.keys()
+        if key not in state or key not in expected or state[key].shape != expected[key].shape
+    )
+    if wrong:
+        raise ValueError(f"{folder}: weights do not fit the config, first at {wrong[0]!r}")
+    module.load_state_dict(state)

@@ -8,15 +8,16 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from unimm.generation.engine import run
+from unimm.generation.engine import require_pair, run
 from unimm.generation.grammar import Request
 from unimm.generation.sampling import Sampling
 from unimm.model import UnifiedLM
-from unimm.sequence import Segment
-from unimm.signals import Item
-from unimm.tokenizer import UnifiedTokenizer
+from unimm.sequence import MAX_SIZE, Segment
+from unimm.signals import Audio, Item, Video
+from unimm.tokenizer import UnifiedTokenizer, joined
 
 Size = float | tuple[int, ...]
 MAX_NEW_TOKENS = 1024
@@ -45,7 +46,7 @@ def generate(
         modality: "text", "image", "audio", "video", "semantic": the next item is of this kind and
             generation ends with it. None: the model chooses and goes on until it ends.
         size: (height, width) in pixels, seconds, or (frames, height, width); None: the model
-            chooses. Needs a modality.
+            chooses. Needs a modality. Codes come whole; what they hold beyond the size is cut off.
         num_samples: how many continuations.
         max_new_tokens: most ids to write; None: what the size needs, else 1,024.
         temperature, top_k, top_p, guidance: None takes the bundle's default for the modality.
@@ -55,9 +56,11 @@ def generate(
         `num_samples` documents, each the continuation only.
 
     Raises:
-        ValueError: the modality has no codec here, the size does not fit it, or guidance is asked
-            for an empty prompt.
+        ValueError: the modality has no codec here, the size does not fit it, guidance is asked for
+            an empty prompt, or the model was not made for this tokenizer.
     """
+    if num_samples < 0:
+        raise ValueError(f"num_samples must be 0 or more, got {num_samples}")
     first = int(torch.randint(2**31, ())) if seed is None else seed
     return generate_batch(
         lm,
@@ -100,12 +103,14 @@ def generate_batch(
     job = _job(lm, tok, prompts, modality, size, max_new_tokens, sampling)
     written: list[list[int]] = [[] for _ in prompts]
     for step in job.steps(lm, tok, list(seeds)):
-        for row, (token, active) in enumerate(zip(step.ids.tolist(), step.active.tolist(), strict=True)):
+        for row, (token, active) in enumerate(
+            zip(step.ids.tolist(), step.active.tolist(), strict=True)
+        ):
             if active:
                 written[row].append(token)
     parsed = [_parse(tok, ids) for ids in written]
     items = iter(tok.decode_segments([segment for segments in parsed for segment in segments]))
-    return [[next(items) for _ in segments] for segments in parsed]
+    return [[_cut(next(items), size) for _ in segments] for segments in parsed]
 
 
 def stream(
@@ -119,14 +124,15 @@ def stream(
     seed: int = 0,
     **sampling: Any,
 ) -> Iterator[Item]:
-    """Continue a document, giving out text pieces as they come and media items as they close.
+    """Continue a document, giving out text pieces as they come and other items as they close.
 
     Arguments as in `generate`; the pieces joined are what `generate` returns.
     """
     job = _job(lm, tok, [prompt], modality, size, max_new_tokens, sampling)
     text = tok.vocabulary["text"]
+    whole = {rule.close for rule in tok.grammar.rules.values()} | set(tok.grammar.turns)
     written: list[int] = []
-    said = ""  # the part of the present text that has been given out
+    said = now = ""  # of the present text: the part that has been given out, and all of it
     for step in job.steps(lm, tok, [seed]):
         token = int(step.ids[0])
         written.append(token)
@@ -137,14 +143,31 @@ def stream(
                 yield now[len(said) :]
                 said = now
             continue
-        said = ""
-        if segments and token in (rule.close for rule in tok.grammar.rules.values()):
-            yield tok.decode_segments(segments[-1:])[0]
+        if now != said:  # bytes of which no character has come
+            yield now[len(said) :]
+        said = now = ""
+        if token in whole:
+            yield _cut(tok.decode_segments(segments[-1:])[0], size)
 
 
 def _parse(tok: UnifiedTokenizer, written: list[int]) -> list[Segment]:
     ids = torch.tensor([tok.grammar.bos, *written])
     return tok.grammar.parse(ids, strict=False)
+
+
+def _cut(item: Item, size: Size | None) -> Item:
+    """An item without what its codes hold beyond the size that was asked for."""
+    if size is None:
+        return item
+    if isinstance(size, tuple):
+        if isinstance(item, Video):
+            frames, height, width = size
+            return Video(item.frames[:frames, :height, :width], item.fps)
+        assert isinstance(item, Image.Image)
+        return item.crop((0, 0, size[1], size[0]))
+    assert isinstance(item, Audio)
+    count = max(1, round(size * item.sample_rate))
+    return Audio(item.samples[:, :count], item.sample_rate)
 
 
 @dataclass(frozen=True)
@@ -177,11 +200,7 @@ def _job(
     max_new_tokens: int | None,
     asked: dict[str, Any],
 ) -> _Job:
-    if lm.config.vocab_size != tok.vocabulary.padded_size:
-        raise ValueError(
-            f"the model writes {lm.config.vocab_size} ids, the tokenizer has "
-            f"{tok.vocabulary.padded_size}: they do not belong together"
-        )
+    require_pair(lm, tok.vocabulary)
     ids = _encoded(tok, prompts)
     sampling = _sampling(tok, modality, asked, conditioned=all(len(p) > 1 for p in ids))
     sizes = _code_sizes(tok, modality, size)
@@ -200,13 +219,10 @@ def _job(
 
 def _encoded(tok: UnifiedTokenizer, prompts: Sequence[Sequence[Item]]) -> list[Tensor]:
     """Prompts to ids; items of all prompts are coded together, equal prompts once."""
-    unique = {id(prompt): prompt for prompt in prompts}
-    items = [item for prompt in unique.values() for item in prompt if item != ""]
-    segments = iter(tok.encode_items(items))
+    unique = {id(prompt): joined(prompt) for prompt in prompts}
+    segments = iter(tok.encode_items([item for prompt in unique.values() for item in prompt]))
     ids = {
-        key: tok.grammar.encode(
-            [next(segments) for item in prompt if item != ""], complete=False
-        )
+        key: tok.grammar.encode([next(segments) for _ in prompt], complete=False)
         for key, prompt in unique.items()
     }
     return [ids[id(prompt)] for prompt in prompts]
@@ -216,9 +232,9 @@ def _sampling(
     tok: UnifiedTokenizer, modality: str | None, asked: dict[str, Any], *, conditioned: bool
 ) -> Sampling:
     known = {field.name for field in fields(Sampling)}
-    for name in asked.keys() - known:
-        raise ValueError(f"unknown sampling option {name!r}; known are {', '.join(sorted(known))}")
     defaults = dict(tok.defaults.get(modality or "any", {}))
+    for name in sorted((asked.keys() | defaults.keys()) - known):
+        raise ValueError(f"unknown sampling option {name!r}; known are {', '.join(sorted(known))}")
     if not conditioned:
         defaults.pop("guidance", None)
         if asked.get("guidance") not in (None, 1, 1.0):
@@ -230,7 +246,7 @@ def _sampling(
 def _code_sizes(
     tok: UnifiedTokenizer, modality: str | None, size: Size | None
 ) -> tuple[int, int, int]:
-    """A size in pixels, frames and seconds -> (t, h, w) in codes; 0 where the model chooses."""
+    """A size in pixels, frames or seconds -> (t, h, w) in codes; 0 where the model chooses."""
     if size is None:
         return 0, 0, 0
     if modality not in ("image", "video", "audio"):
@@ -238,18 +254,22 @@ def _code_sizes(
     tok.grammar.rule(modality)
     codec = tok.codecs[modality]
     if modality == "audio":
-        if isinstance(size, tuple) or not size > 0:
+        if isinstance(size, tuple) or not 0 < size < math.inf:
             raise ValueError(f"the size of a sound is its length in seconds, got {size!r}")
         assert codec.frame_rate is not None
-        return max(1, math.ceil(size * codec.frame_rate)), 0, 0
-    wanted = 2 if modality == "image" else 3
-    if not isinstance(size, tuple) or len(size) != wanted or min(size) < 1:
-        names = "(height, width)" if modality == "image" else "(frames, height, width)"
-        raise ValueError(f"the size of {modality} is {names}, got {size!r}")
-    space = codec.downsample[-1]
-    height, width = (-(-pixels // space) for pixels in size[-2:])
-    frames = 1 if modality == "image" else 1 + -(-(size[0] - 1) // codec.downsample[0])
-    return frames, height, width
+        sizes = max(1, math.ceil(size * codec.frame_rate)), 0, 0
+    else:
+        names = ("height", "width") if modality == "image" else ("frames", "height", "width")
+        whole = isinstance(size, tuple) and all(isinstance(n, int) and n > 0 for n in size)
+        if not isinstance(size, tuple) or not whole or len(size) != len(names):
+            raise ValueError(f"the size of {modality} is ({', '.join(names)}), got {size!r}")
+        space = codec.downsample[-1]
+        height, width = (-(-pixels // space) for pixels in size[-2:])
+        frames = 1 if modality == "image" else 1 + -(-(size[0] - 1) // codec.downsample[0])
+        sizes = frames, height, width
+    if max(sizes) > MAX_SIZE:
+        raise ValueError(f"size {size!r} takes {max(sizes)} codes a side: at most {MAX_SIZE} fit")
+    return sizes
 
 
 def _least(tok: UnifiedTokenizer, modality: str | None, sizes: tuple[int, int, int]) -> int:

@@ -12,6 +12,7 @@ from unimm.generation.grammar import Machine, Request, State
 from unimm.generation.sampling import Sampling, guided, sample
 from unimm.model import KVCache, UnifiedLM
 from unimm.sequence import Grammar
+from unimm.vocabulary import Vocabulary
 
 
 class Step(NamedTuple):
@@ -33,6 +34,19 @@ def pad_prompts(prompts: Sequence[Tensor], pad: int) -> Prompts:
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True, padding_value=pad)
     return Prompts(ids, lengths)
+
+
+def require_pair(lm: UnifiedLM, vocabulary: Vocabulary) -> None:
+    """Refuse a model that was not made for a vocabulary.
+
+    Raises:
+        ValueError: the model has another number of ids.
+    """
+    if lm.config.vocab_size != vocabulary.padded_size:
+        raise ValueError(
+            f"the model writes {lm.config.vocab_size} ids, the tokenizer has "
+            f"{vocabulary.padded_size}: they do not belong together"
+        )
 
 
 @torch.no_grad()
@@ -68,9 +82,7 @@ def run(
     state, positions = _read(machine, ids, lengths)
 
     longest = ids.shape[1]
-    cache = KVCache(
-        lm.config, len(every), longest + max_new, device, lm.embedding.weight.dtype
-    )
+    cache = KVCache(lm.config, len(every), longest + max_new, device, lm.embedding.weight.dtype)
     hidden = lm.hidden(ids, positions, cache=cache)
     cache.advance(longest, lengths)
     last = hidden[torch.arange(len(every), device=device), lengths - 1]
@@ -84,19 +96,14 @@ def run(
         writing = State(*(field[:rows] for field in state))
         remaining = torch.full((rows,), max_new - number, device=device)
         allowed = machine.allowed(writing, request, remaining)
+        allowed = torch.where(done[:, None], machine.ids == grammar.eos, allowed)
         chosen = sample(logits, allowed, draws[:, number], sampling)
         active = ~done
         yield Step(chosen, active)
         fed = chosen.repeat(2) if guide else chosen
         where = machine.positions(state, fed)
         moved = machine.advance(state, fed)
-        still = (active.repeat(2) if guide else active)
-        state = State(
-            *(
-                torch.where(still.view(-1, *(1,) * (new.ndim - 1)), new, old)
-                for new, old in zip(moved, state, strict=True)
-            )
-        )
+        state = _where(active.repeat(2) if guide else active, moved, state)
         done = done | machine.finished(State(*(field[:rows] for field in state)), request)
         if bool(done.all()):
             return
@@ -111,14 +118,18 @@ def _read(machine: Machine, ids: Tensor, lengths: Tensor) -> tuple[State, Tensor
     for at in range(ids.shape[1]):
         positions.append(machine.positions(state, ids[:, at]))
         moved = machine.advance(state, ids[:, at])
-        within = at < lengths
-        state = State(
-            *(
-                torch.where(within.view(-1, *(1,) * (new.ndim - 1)), new, old)
-                for new, old in zip(moved, state, strict=True)
-            )
-        )
+        state = _where(at < lengths, moved, state)
     return state._replace(items=torch.zeros_like(state.items)), torch.stack(positions, dim=2)
+
+
+def _where(rows: Tensor, new: State, old: State) -> State:
+    """The new states of the rows (B,) that are set, the old ones of the others."""
+    return State(
+        *(
+            torch.where(rows.view(-1, *(1,) * (after.ndim - 1)), after, before)
+            for after, before in zip(new, old, strict=True)
+        )
+    )
 
 
 def _draws(seeds: Sequence[int], steps: int) -> Tensor:

@@ -66,21 +66,24 @@ class Machine:
         self.digit = grammar.vocabulary["digit"].start
         widest = max((rule.num_levels for rule in self.rules), default=1)
 
-        def column(values: list[int]) -> Tensor:
-            return torch.tensor(values or [0], device=device)
+        # Without any rule (text alone) each table holds one row, which no id ever leads to.
+        def column(values: list[int], alone: int = 0) -> Tensor:
+            return torch.tensor(values or [alone], device=device)
 
         def levels(name: str) -> Tensor:
             rows = [list(getattr(rule, name)) for rule in self.rules] or [[0]]
             return torch.tensor([row + [0] * (widest - len(row)) for row in rows], device=device)
 
-        self.open = column([rule.open for rule in self.rules])
-        self.close = column([rule.close for rule in self.rules])
+        self.open = column([rule.open for rule in self.rules], -1)
+        self.close = column([rule.close for rule in self.rules], -1)
         self.header = column([rule.header for rule in self.rules])
-        self.num_levels = column([rule.num_levels for rule in self.rules])
+        self.num_levels = column([rule.num_levels for rule in self.rules], 1)
         self.open_ended = column([int(not rule.axes) for rule in self.rules]).bool()
         self.raster = column([int(rule.order == "raster") for rule in self.rules]).bool()
         # Which of t, h, w the i-th size of a rule is.
-        order = [[_AXES.index(a) for a in rule.axes] + [0] * (3 - len(rule.axes)) for rule in self.rules]
+        order = [
+            [_AXES.index(a) for a in rule.axes] + [0] * (3 - len(rule.axes)) for rule in self.rules
+        ]
         self.axis = torch.tensor(order or [[0, 0, 0]], device=device)
         self.starts, self.ends = levels("starts"), levels("ends")
         self.ids = torch.arange(vocab_size, device=device)
@@ -158,9 +161,7 @@ class Machine:
         step = ((~in_code & (phase != DONE)) | (closes & in_code)).long()
         done = state._replace(index=torch.where(codes, index + 1, index))
         new_clock = clock + step + torch.where(leaves, self._extent(done), 0)
-        return State(
-            new_phase, new_rule, new_index, new_sizes, new_clock, items + closes.long()
-        )
+        return State(new_phase, new_rule, new_index, new_sizes, new_clock, items + closes.long())
 
     def _extent(self, state: State) -> Tensor:
         """(B,): how far the codes written so far move the clock; `Rule.extent`, vectorised."""
@@ -189,9 +190,7 @@ class Machine:
         # Sizes: never so large that the codes would not fit, never zero.
         axis = self.axis[rule].gather(1, (index // 2).clamp(max=2)[:, None])
         capacity = remaining - (header - index) - 1 - tail
-        written = torch.where(
-            torch.arange(3, device=self.device) == axis, 1, sizes
-        ).prod(1)
+        written = torch.where(torch.arange(3, device=self.device) == axis, 1, sizes).prod(1)
         most = (capacity // (levels * written)).clamp(1, MAX_SIZE)
         forced = request.sizes.gather(1, axis)[:, 0]
         first = index % 2 == 0

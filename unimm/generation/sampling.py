@@ -5,6 +5,7 @@ A row's numbers come from its own seed alone, so what it samples does not depend
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +27,14 @@ class Sampling:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # nor what is no number
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: Tensor | float) -> Tensor:
@@ -54,7 +57,8 @@ def sample(logits: Tensor, allowed: Tensor, uniform: Tensor, sampling: Sampling)
     logits = logits.float().masked_fill(~allowed, float("-inf"))
     if sampling.temperature == 0:
         return logits.argmax(1)
-    probabilities = (logits / sampling.temperature).double().softmax(1)
+    logits = (logits - logits.amax(1, keepdim=True)).double()  # 0 at most: no overflow below
+    probabilities = (logits / sampling.temperature).softmax(1)
     if sampling.top_k is None and sampling.top_p is None:
         return _inverse_cdf(probabilities, uniform)
     count = min(sampling.top_k or logits.shape[1], logits.shape[1])

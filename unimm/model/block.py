@@ -19,6 +19,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> the same shape."""
         return rms_norm(x, self.weight, eps=self.eps)
 
 
@@ -41,6 +42,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, segment_ids: Tensor | None, cache: KVCache | None
     ) -> Tensor:
+        """(B, T, d_model) -> (B, T, d_model); with a cache, new ids attend to it as well."""
         config = self.config
         head, kv = config.head_dim, config.kv_heads
         heads = self.qkv(x).unflatten(-1, (-1, head))
@@ -52,9 +54,9 @@ class Attention(nn.Module):
             mixed = attention(q, k, v, segment_ids=segment_ids)
         else:
             keys, values = cache.write(self.layer, k, v)
-            mixed = decode_attention(
-                q.to(keys.dtype), keys, values, cache.lengths + x.shape[1]
-            ).to(x.dtype)
+            mixed = decode_attention(q.to(keys.dtype), keys, values, cache.lengths + x.shape[1]).to(
+                x.dtype
+            )
         return self.out(mixed.flatten(2))
 
 
@@ -67,6 +69,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.feed_forward, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., d_model) -> (..., d_model)."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(swiglu(gate, up))
 
@@ -84,5 +87,6 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, segment_ids: Tensor | None, cache: KVCache | None
     ) -> Tensor:
+        """(B, T, d_model) -> (B, T, d_model)."""
         x = x + self.attention(self.attention_norm(x), positions, segment_ids, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))

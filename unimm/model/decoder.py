@@ -9,7 +9,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from unimm.checkpoint import LM_FOLDER, lm_folder, load_tensors, read_config, save_model
+from unimm.checkpoint import (
+    LM_FOLDER,
+    lm_folder,
+    load_weights,
+    read_config,
+    reopen,
+    save_model,
+)
 from unimm.model.block import Block, RMSNorm
 from unimm.model.cache import KVCache
 from unimm.model.config import ModelConfig
@@ -20,10 +27,15 @@ class UnifiedLM(nn.Module):
 
     Args:
         config: shape of the model.
+
+    Raises:
+        ValueError: the config names no `vocab_size`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError("a model needs vocab_size: take Vocabulary.padded_size")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -79,6 +91,7 @@ class UnifiedLM(nn.Module):
         Returns:
             (B, T, d_model).
         """
+        assert cache is None or segment_ids is None, "a cache holds one document per row"
         if positions is None:
             start = 0 if cache is None else cache.lengths[:, None]
             line = start + torch.arange(ids.shape[1], device=ids.device)
@@ -95,8 +108,12 @@ class UnifiedLM(nn.Module):
         return self.hidden(ids, positions, segment_ids) @ self.head_weight.T
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write `lm/config.json` and `lm/model.safetensors` into a bundle folder."""
+        """Write `lm/config.json` and `lm/model.safetensors` into a bundle folder.
+
+        An `index.json` that stands there is void and removed: seal the bundle anew.
+        """
         config = dataclasses.asdict(self.config)
+        reopen(folder)
         save_model(Path(folder) / LM_FOLDER, config, self.state_dict(), dtype)
 
     @classmethod
@@ -108,14 +125,5 @@ class UnifiedLM(nn.Module):
         """
         folder = lm_folder(name_or_path)
         model = cls(read_config(ModelConfig, folder))
-        state = load_tensors(folder)
-        expected = model.state_dict()
-        wrong = sorted(
-            key
-            for key in expected.keys() | state.keys()
-            if key not in state or key not in expected or state[key].shape != expected[key].shape
-        )
-        if wrong:
-            raise ValueError(f"{folder}: weights do not fit the config, first at {wrong[0]!r}")
-        model.load_state_dict(state)
+        load_weights(model, folder)
         return model.eval()

@@ -44,7 +44,7 @@ class WriteReconstructions(lightning.Callback):
         codec = pl_module.codec
         for modality, signals in batch.items():
             real = signals[: self.count].float()
-            made = codec.decode(codec.encode(real))
+            made = codec.decode(codec.encode(real), tuple(real.shape[2:]))
             if modality == "audio":
                 write_sounds(folder, real, made, int(codec.sample_rate or 0))
             else:

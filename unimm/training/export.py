@@ -10,7 +10,7 @@ import torch
 from unimm.checkpoint import seal
 from unimm.model import ModelConfig, UnifiedLM
 from unimm.tokenizer import UnifiedTokenizer
-from unimm.training.launch import newest_checkpoint
+from unimm.training.launch import newest_checkpoint, read_checkpoint
 from unimm_tokenizers.codec import codec_from_config, config_from_dict
 
 
@@ -36,7 +36,7 @@ def export(
     path = newest_checkpoint(source) if Path(source).is_dir() else Path(source)
     if path is None or not path.is_file():
         raise ValueError(f"{source}: no checkpoint is there; give a .ckpt file or a run folder")
-    stored = torch.load(path, map_location="cpu", weights_only=True).get("unimm")
+    stored = read_checkpoint(path, "cpu").get("unimm")
     if stored is None:
         raise ValueError(f"{path}: this checkpoint was not written by `unimm fit`")
     entry, weights = stored["entry"], stored["weights"]

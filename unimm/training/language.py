@@ -57,9 +57,17 @@ class LanguageTask(Task):
         """See `Task.exported`."""
         return self.lm
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another vocabulary or another model."""
+        vocabulary = checkpoint["unimm"]["entry"]["vocabulary"]
+        self.tokenizer.vocabulary.require(vocabulary, str(self.trainer.ckpt_path))
+        super().on_load_checkpoint(checkpoint)
+
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW, and Muon where the config says so."""
-        return build_optimizers(self.lm, self.optimizer_config)
+        optimizers = build_optimizers(self.lm, self.optimizer_config)
+        self._optimizers_count = len(optimizers)
+        return optimizers
 
     def forward(self, batch: Batch) -> LinearCrossEntropy:
         """Loss of predicting each id of (B, T) from those before it; padding weighs nothing."""
@@ -77,9 +85,10 @@ class LanguageTask(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One step."""
         result = self.forward(batch)
-        count = len(self.optimizers()) if isinstance(self.optimizers(), list) else 1
-        norm = self.descend(result.loss, self.lm.parameters(), 0, count)
-        self.log_dict({"train/loss": result.loss.detach(), "train/gradient_norm": norm}, prog_bar=True)
+        norm = self.descend(result.loss, self.lm.parameters(), 0, self._optimizers_count)
+        self.log_dict(
+            {"train/loss": result.loss.detach(), "train/gradient_norm": norm}, prog_bar=True
+        )
         self._log_modalities("train", batch, result.nll.detach())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -44,9 +44,10 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.o
     Vectors and embeddings are never decayed; Muon takes two-dimensional weights of Linear layers
     other than the output head.
     """
-    embeddings = {
-        id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)
-    }
+    embeddings, linears = (
+        {id(child.weight) for child in module.modules() if isinstance(child, kind)}
+        for kind in (nn.Embedding, nn.Linear)
+    )
     matrices: list[Tensor] = []
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
@@ -55,7 +56,7 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.o
             continue
         if parameter.ndim < 2 or id(parameter) in embeddings:
             plain.append(parameter)
-        elif config.matrices == "muon" and parameter.ndim == 2 and "head" not in name:
+        elif config.matrices == "muon" and id(parameter) in linears and "head" not in name:
             matrices.append(parameter)
         else:
             decayed.append(parameter)

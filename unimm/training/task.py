@@ -40,6 +40,28 @@ class Task(lightning.LightningModule):
             "weights": self.exported().state_dict(),
         }
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, naming what differs."""
+        stored, own = checkpoint["state_dict"], self.state_dict()
+        differing = [
+            f"{name} is {_shape(stored.get(name))} there and {_shape(own.get(name))} here"
+            for name in dict.fromkeys([*own, *stored])
+            if _shape(stored.get(name)) != _shape(own.get(name))
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.trainer.ckpt_path}: a checkpoint of another model: {differing[0]}, "
+                f"{len(differing)} differ in all; name another default_root_dir"
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log under the number of steps done; Lightning's own count is one ahead after a resume."""
+        self.log("step", float(self.global_step))
+
+    def on_validation_epoch_end(self) -> None:
+        """See `on_train_batch_end`."""
+        self.log("step", float(self.global_step))
+
     def descend(
         self, loss: Tensor, parameters: Iterable[nn.Parameter], first: int = 0, count: int = 1
     ) -> Tensor:
@@ -69,3 +91,7 @@ class Task(lightning.LightningModule):
             else:
                 inner.step()
         return norm
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))

@@ -20,6 +20,7 @@ class CausalConv(nn.Module):
         self.conv = nn.Conv1d(channels, out_channels, kernel, stride=stride, dilation=dilation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T) -> (B, C', T / stride)."""
         return self.conv(F.pad(x, (self.past, 0)))
 
 
@@ -35,6 +36,7 @@ class CausalUpsample(nn.Module):
         self.conv = nn.ConvTranspose1d(channels, out_channels, 2 * stride, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T) -> (B, C', T * stride)."""
         return self.conv(x)[..., : -self.stride]
 
 
@@ -52,4 +54,5 @@ class ResidualUnit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T) -> (B, C, T)."""
         return x + self.body(x)

@@ -47,8 +47,8 @@ def invert_magnitudes(magnitudes: Tensor, window: Tensor, hop: int) -> Tensor:
             )
             frames = torch.fft.irfft(target * unit, n=size) * synthesis
         fixed[:, :size] += frames[:, 0]
-        # The oldest frame's first hop gets no further contribution... except that hop lies
-        # `size - hop` before the newest sample of the frame, so the output is already aligned.
+        # No later frame reaches the oldest frame's first hop: these samples are final. They lie
+        # size - hop samples before the hop that frame `number` ends with; _aligned makes up for it.
         output[:, number * hop : (number + 1) * hop] = fixed[:, :hop]
         fixed = torch.nn.functional.pad(fixed[:, hop:], (0, hop))
         frames = torch.nn.functional.pad(frames[:, 1:], (0, 0, 0, 1))
@@ -56,6 +56,6 @@ def invert_magnitudes(magnitudes: Tensor, window: Tensor, hop: int) -> Tensor:
 
 
 def _aligned(output: Tensor, rest: Tensor, size: int, hop: int) -> Tensor:
-    """Drop the silence before the first sample and add the samples still in the buffer."""
+    """Drop what lies before the sound's first sample; add the samples still in the buffer."""
     lead = size - hop
     return torch.cat([output, rest[:, :lead]], dim=1)[:, lead:]

@@ -93,10 +93,11 @@ class SoundStreamCodec(StreamingCodec):
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, C, T) -> (B, K, ceil(T / hop)); the tail is padded with silence."""
-        self.check_signal(x, 1)
-        x = pad_frames(x, self.downsample[0])
+        x = pad_frames(self.check_signal(x, 1), self.downsample[0])
         if not x.shape[-1]:
-            return torch.empty((x.shape[0], self.num_codebooks, 0), dtype=torch.int64, device=x.device)
+            return torch.empty(
+                (x.shape[0], self.num_codebooks, 0), dtype=torch.int64, device=x.device
+            )
         return self.quantizer(self.encoder(x)).codes
 
     def decode(self, codes: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
@@ -112,4 +113,3 @@ class SoundStreamCodec(StreamingCodec):
         target = pad_frames(x, self.downsample[0])
         quantized, codes, loss = self.quantizer(self.encoder(target))
         return CodecOutput(self.decoder(quantized), target, codes, loss)
-

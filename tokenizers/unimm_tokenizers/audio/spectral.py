@@ -110,10 +110,11 @@ class SpectralCodec(Codec):
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, 1, T) -> (B, K, ceil(T / downsample)); the tail is padded with silence."""
-        self.check_signal(x, 1)
-        x = pad_frames(x, self.downsample[0])
+        x = pad_frames(self.check_signal(x, 1), self.downsample[0])
         if not x.shape[-1]:
-            return torch.empty((x.shape[0], self.num_codebooks, 0), dtype=torch.int64, device=x.device)
+            return torch.empty(
+                (x.shape[0], self.num_codebooks, 0), dtype=torch.int64, device=x.device
+            )
         return self.quantizer(self.encoder(self._scaled(self.log_magnitudes(x)))).codes
 
     def decode(self, codes: Tensor, size: tuple[int, ...] | None = None) -> Tensor:

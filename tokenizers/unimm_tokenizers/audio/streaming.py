@@ -56,8 +56,16 @@ class StreamingCodec(Codec):
 
     @torch.no_grad()
     def encode_chunk(self, x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        """(B, C, T) of any length -> codes (B, K, frames completed by it), and the next state."""
+        """(B, C, T) of any length -> codes (B, K, frames completed by it), and the next state.
+
+        The end of a sound that fills no frame stays in the state: add silence to get it coded.
+
+        Raises:
+            ValueError: x is no signal for this codec, or its batch is not the state's.
+        """
         hop = self.downsample[0]
+        x = self.check_signal(x, 1)
+        self._check_batch(x, state)
         samples = torch.cat([state.samples, x], dim=-1)
         frames = samples.shape[-1] // hop
         codes = self.encode(samples[..., : frames * hop])[..., state.ready :]
@@ -66,10 +74,22 @@ class StreamingCodec(Codec):
 
     @torch.no_grad()
     def decode_chunk(self, codes: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        """Codes (B, K, T) -> samples (B, C, T * hop), and the next state."""
+        """Codes (B, K, T) -> samples (B, C, T * hop), and the next state.
+
+        Raises:
+            ValueError: not codes of this codec, or their batch is not the state's.
+        """
         hop = self.downsample[0]
+        self.check_codes(codes, 1)
+        self._check_batch(codes, state)
         past = state.codes.shape[-1]
         known = torch.cat([state.codes, codes], dim=-1)
         signal = self.decode(known)[..., past * hop :]
         keep = min(known.shape[-1], self.decoder_context)
         return signal, state._replace(codes=known[..., known.shape[-1] - keep :])
+
+    def _check_batch(self, x: Tensor, state: StreamState) -> None:
+        if len(x) != len(state.samples):
+            raise ValueError(
+                f"{self.name}: the state holds {len(state.samples)} streams, the chunk {len(x)}"
+            )

@@ -22,7 +22,9 @@ class MultiResolutionSTFT(nn.Module):
         total = made.new_zeros(())
         for size in self.windows:
             a, b = self._magnitudes(made, size), self._magnitudes(real, size)
-            total = total + (a - b).norm() / b.norm().clamp(min=1e-5) + (a.log() - b.log()).abs().mean()
+            total = (
+                total + (a - b).norm() / b.norm().clamp(min=1e-5) + (a.log() - b.log()).abs().mean()
+            )
         return total / len(self.windows)
 
     @staticmethod

@@ -6,8 +6,11 @@ dead codes (SoundStream, arXiv 2107.03312, section III.C). Search and update run
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from vector_quantize_pytorch import ResidualVQ
 
 from unimm_tokenizers.quantize.base import Quantized, Quantizer
@@ -58,16 +61,23 @@ class ResidualVectorQuantizer(Quantizer):
         # Random codes until training starts, so that an untrained codec has a full codebook; the
         # first training batch then starts k-means (the library would also start it in eval mode).
         self.register_buffer("started", torch.tensor(False))
-        for layer in self.vq.layers:
-            layer._codebook.embed.copy_(torch.randn_like(layer._codebook.embed))
-            layer._codebook.initted.fill_(True)
+        for codebook in self._codebooks:
+            start = torch.randn_like(codebook.embed)
+            codebook.embed.copy_(F.normalize(start, dim=-1) if cosine else start)
+            codebook.initted.fill_(True)
 
-    def forward(self, latents: Tensor) -> Quantized:
-        """See `Quantizer.forward`."""
+    @property
+    def _codebooks(self) -> list[Any]:
+        """The library's codebook of each level."""
+        layers: Any = self.vq.layers
+        return [layer._codebook for layer in layers]
+
+    def quantize(self, latents: Tensor) -> Quantized:
+        """See `Quantizer.quantize`."""
         if self.training and not self.started:
             self.started.fill_(True)
-            for layer in self.vq.layers:
-                layer._codebook.initted.fill_(False)
+            for codebook in self._codebooks:
+                codebook.initted.fill_(False)
         grid = latents.shape[2:]
         flat = latents.float().flatten(2).transpose(1, 2)
         with torch.autocast(latents.device.type, enabled=False):

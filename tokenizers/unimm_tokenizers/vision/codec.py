@@ -37,7 +37,8 @@ class VisionConfig:
 
     Space shrinks by `patch` times 2 for every multiplier after the first; time by
     `time_downsample` (1: pictures only). `fsq_levels` chooses finite scalar quantization;
-    otherwise `codebook_size` unit-length codes of `codebook_dim` channels (LlamaGen's setting).
+    otherwise there are `codebook_size` codes: of unit length in `codebook_dim` channels (LlamaGen's
+    setting), or, with None, anywhere in the latents themselves.
     """
 
     num_channels: int = 3
@@ -48,7 +49,7 @@ class VisionConfig:
     time_downsample: int = 1
     latent_channels: int = 32
     codebook_size: int = 1024
-    codebook_dim: int = 8
+    codebook_dim: int | None = 8
     fsq_levels: tuple[int, ...] = ()
     fps: float = 10.0  # frames per second of the films that it decodes
 
@@ -103,7 +104,11 @@ class VisionCodec(Codec):
     def downsample(self) -> tuple[int, ...]:
         """(t, h, w) signal units per code; (h, w) for a codec of pictures."""
         space = self._space
-        return (space, space) if len(self.modalities) == 1 else (self.config.time_downsample, space, space)
+        return (
+            (space, space)
+            if len(self.modalities) == 1
+            else (self.config.time_downsample, space, space)
+        )
 
     @property
     def _space(self) -> int:
@@ -111,9 +116,14 @@ class VisionCodec(Codec):
 
     @property
     def receptive_field(self) -> tuple[int, ...]:
-        """(h, w) pixels that one code can depend on."""
+        """(h, w) pixels that one code can depend on; (t, h, w) for films, earlier frames alone."""
         side = self._space + 2 * self._encoder_reach
-        return side, side
+        if len(self.modalities) == 1:
+            return side, side
+        frames = 1
+        for _ in self.time_encoder:  # each: two causal convolutions of 3, the first with stride 2
+            frames = 2 * frames + 5
+        return frames, side, side
 
     @property
     def _encoder_reach(self) -> int:
@@ -153,15 +163,15 @@ class VisionCodec(Codec):
             rest = pad_to_multiple(rest, self.config.time_downsample, (2,))
         return pad_to_multiple(torch.cat([first, rest], 2), self._space, (3, 4))
 
-    def _check(self, x: Tensor) -> None:
-        film = x.ndim == 5 and "video" in self.modalities
-        self.check_signal(x, 3 if film else 2)
-        if 0 in x.shape[2:]:
+    def _checked(self, x: Tensor, *, film: bool = False) -> Tensor:
+        x = self.check_signal(x, 3 if film else 2)
+        if 0 in x.shape:
             raise ValueError(f"{self.name}: the picture or film is empty: {tuple(x.shape)}")
+        return x
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K, h, w), or (B, C, T, H, W) -> (B, K, t, h, w); any size."""
-        self._check(x)
+        x = self._checked(x, film=x.ndim == 5 and "video" in self.modalities)
         codes = self.quantizer(self._latents(self._padded(x))).codes
         return codes[:, :, 0] if x.ndim == 4 else codes
 
@@ -193,9 +203,9 @@ class VisionCodec(Codec):
             tile: side in pixels, a multiple of the spatial downsampling.
 
         Raises:
-            ValueError: tile is not a positive multiple of the downsampling.
+            ValueError: x is no picture, or tile is not a positive multiple of the downsampling.
         """
-        self._check(x)
+        x = self._checked(x)
         cell = self._space
         if tile < cell or tile % cell:
             raise ValueError(f"{self.name}: tile must be a multiple of {cell}, got {tile}")
@@ -220,7 +230,11 @@ class VisionCodec(Codec):
 
     @torch.no_grad()
     def decode_tiled(self, codes: Tensor, tile: int, size: tuple[int, ...] | None = None) -> Tensor:
-        """`decode` of pictures in tiles of tile x tile codes plus margin: the same picture."""
+        """`decode` of pictures in tiles of tile x tile codes plus margin: the same picture.
+
+        Raises:
+            ValueError: codes of a film, out of range, or a tile below 1.
+        """
         self.check_codes(codes, 2)
         if tile < 1:
             raise ValueError(f"{self.name}: tile must be at least 1 code, got {tile}")
@@ -250,6 +264,8 @@ def _quantizer(config: VisionConfig) -> Quantizer:
     if config.fsq_levels:
         return FiniteScalarQuantizer(config.latent_channels, config.fsq_levels)
     return ResidualVectorQuantizer(
-        config.latent_channels, config.codebook_size, codebook_dim=config.codebook_dim, cosine=True
+        config.latent_channels,
+        config.codebook_size,
+        codebook_dim=config.codebook_dim,
+        cosine=config.codebook_dim is not None,
     )
-

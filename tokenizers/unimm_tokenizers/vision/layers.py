@@ -18,6 +18,7 @@ class ChannelNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *) -> (N, C, *)."""
         scale = x.float().square().mean(1, keepdim=True).add(1e-6).rsqrt().to(x.dtype)
         return x * scale * self.weight.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
 
@@ -37,13 +38,14 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
         return x + self.body(x)
 
 
 class CausalTimeConv(nn.Module):
     """Convolution over time that sees no later frame; the first frame stands in for its past.
 
-    (B, C, T, H, W) -> (B, C', 1 + (T - 1) / stride, H, W).
+    (B, C, T, H, W) -> (B, C, 1 + (T - 1) / stride, H, W).
     """
 
     def __init__(self, channels: int, stride: int = 1) -> None:
@@ -51,6 +53,7 @@ class CausalTimeConv(nn.Module):
         self.conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(stride, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, C, 1 + (T - 1) / stride, H, W)."""
         past = x[:, :, :1].expand(-1, -1, 2, -1, -1)
         return self.conv(torch.cat([past, x], dim=2))
 
@@ -63,6 +66,7 @@ class TimeBlock(nn.Module):
         self.body = nn.Sequential(ChannelNorm(channels), nn.SiLU(), CausalTimeConv(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, C, T, H, W)."""
         return x + self.body(x)
 
 
@@ -75,6 +79,7 @@ class TimeDown(nn.Module):
         self.block = TimeBlock(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, 1 + 2m, H, W) -> (B, C, 1 + m, H, W)."""
         return self.block(x[:, :, ::2] + self.conv(x))
 
 
@@ -87,6 +92,7 @@ class TimeUp(nn.Module):
         self.block = TimeBlock(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, 1 + m, H, W) -> (B, C, 1 + 2m, H, W)."""
         x = x.repeat_interleave(2, dim=2)[:, :, 1:]
         return self.block(x + self.conv(x))
 
@@ -113,6 +119,7 @@ def pad_to_multiple(x: Tensor, multiple: int, axes: tuple[int, ...]) -> Tensor:
     for axis in axes:
         short = -x.shape[axis] % multiple
         if short:
-            x = torch.cat([x, x.narrow(axis, x.shape[axis] - 1, 1).repeat_interleave(short, axis)], axis)
+            x = torch.cat(
+                [x, x.narrow(axis, x.shape[axis] - 1, 1).repeat_interleave(short, axis)], axis
+            )
     return x
-
