@@ -1,0 +1,49 @@
+"""Presets: built by name, decided by the seed alone."""
+
+import pytest
+import torch
+
+from unimm_tokenizers import build_codec, presets
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_codes_a_signal(name: str) -> None:
+    codec = build_codec(name)
+    assert not codec.training
+    if codec.modality == "audio":
+        assert codec.sample_rate is not None
+        size: tuple[int, ...] = (codec.sample_rate // 10,)
+    else:
+        size = (32, 32)
+    with torch.no_grad():
+        x = torch.rand(1, codec.num_channels, *size) * 2 - 1
+        codes = codec.encode(x)
+        assert codec.decode(codes, size).shape == x.shape
+    assert codes.max() < codec.codebook_size
+
+
+def test_an_untrained_codec_uses_many_codes() -> None:
+    """Codebooks start at random, so nothing downstream meets a codec of one code."""
+    for name, size in (("vision-tiny-f8", (256, 256)), ("soundstream-8khz", (8000,))):
+        codec = build_codec(name)
+        with torch.no_grad():
+            codes = codec.encode(torch.rand(1, codec.num_channels, *size) * 2 - 1)
+        assert len(codes[:, 0].unique()) >= 3
+
+
+def test_the_seed_alone_decides() -> None:
+    torch.manual_seed(1)
+    one = build_codec("soundstream-8khz", seed=3).state_dict()
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    other = build_codec("soundstream-8khz", seed=3).state_dict()
+    third = build_codec("soundstream-8khz", seed=4).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(one[name], third[name]) for name in one)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's stream is left alone
+
+
+def test_an_unknown_preset_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="'encodec' is unknown; presets are vision-tiny-f8, "):
+        build_codec("encodec")

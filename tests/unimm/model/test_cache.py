@@ -1,0 +1,43 @@
+"""The cache stores each row behind its own length and never runs over its end in silence."""
+
+import pytest
+import torch
+
+from unimm.model import KVCache, ModelConfig
+
+CONFIG = ModelConfig(vocab_size=8, d_model=24, num_layers=2, num_heads=4, num_kv_heads=2)
+HEADS = (CONFIG.kv_heads, CONFIG.head_dim)
+
+
+def test_rows_grow_at_their_own_pace() -> None:
+    cache = KVCache(CONFIG, batch=2, max_length=8)
+    prompt = torch.randn(2, 3, *HEADS)
+    keys, values = cache.write(1, prompt, -prompt)
+    assert keys.shape == values.shape == (2, 3, *HEADS)
+    assert torch.equal(keys, prompt)
+    assert torch.equal(values, -prompt)
+    cache.advance(3, torch.tensor([1, 3]))
+    assert cache.lengths.tolist() == [1, 3]
+    new = torch.randn(2, 1, *HEADS)
+    keys, _ = cache.write(1, new, new)
+    assert torch.equal(keys[0, 1], new[0, 0])  # over the padding
+    assert torch.equal(keys[1, 3], new[1, 0])
+    assert torch.equal(keys[0, 0], prompt[0, 0])
+    assert torch.equal(cache.keys[0], torch.zeros_like(cache.keys[0]))  # the other layer
+    cache.advance(1)
+    assert cache.lengths.tolist() == [2, 4]
+
+
+def test_its_dtype_is_its_own() -> None:
+    cache = KVCache(CONFIG, batch=1, max_length=2, dtype=torch.bfloat16)
+    keys, _ = cache.write(0, torch.ones(1, 1, *HEADS), torch.ones(1, 1, *HEADS))
+    assert keys.dtype == torch.bfloat16
+
+
+def test_it_says_when_it_is_full() -> None:
+    cache = KVCache(CONFIG, batch=1, max_length=2)
+    x = torch.zeros(1, 2, *HEADS)
+    cache.write(0, x, x)
+    cache.advance(2)
+    with pytest.raises(AssertionError, match="too short"):
+        cache.write(0, x[:, :1], x[:, :1])
