@@ -49,8 +49,13 @@ CODECS: dict[str, tuple[type[Codec], Any]] = {
 
 @pytest.fixture(params=CODECS)
 def codec(request: pytest.FixtureRequest) -> Codec:
+    """After one training pass, which fits the codebooks to what the encoder gives out."""
     codec_class, config = CODECS[request.param]
-    return codec_class(config).eval()
+    codec = codec_class(config).train()
+    size = (640,) if codec.modality == "audio" else (32, 32)
+    with torch.no_grad():
+        codec(signal(codec, size, batch=8))
+    return codec.eval()
 
 
 def grids(codec: Codec) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -102,6 +107,7 @@ def test_any_size_comes_back(codec: Codec) -> None:
 def test_a_batch_is_each_of_its_rows(codec: Codec) -> None:
     x = signal(codec, any_size(codec), batch=5)
     codes = codec.encode(x)
+    assert len(codes.unique()) > 2
     made = codec.decode(codes)
     for row in range(5):
         part = slice(row, row + 1)
@@ -135,7 +141,7 @@ def test_a_training_pass(codec: Codec) -> None:
     assert output.reconstruction.shape == output.target.shape
     assert output.codes.shape == (4, codec.num_codebooks, *grid)
     assert output.loss.ndim == 0
-    assert float(output.loss) >= 0
+    assert float(output.loss.detach()) >= 0
     ((output.reconstruction - output.target).square().mean() + output.loss).backward()
     for name, parameter in codec.named_parameters():
         if "vq" not in name:
@@ -275,7 +281,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def test_a_class_reads_its_own_kind(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     assert VisionCodec.from_pretrained(folder).modality == "image"
-    with pytest.raises(ValueError, match="holds a 'vision' codec, not a 'soundstream'"):
+    with pytest.raises(ValueError, match=r"holds a 'vision' codec, not a 'soundstream'"):
         SoundStreamCodec.from_pretrained(folder)
 
 

@@ -294,7 +294,7 @@ def rewritten(shard: Path, ids: list[int], out: Path) -> Path:
     manifest = Manifest.read(shard)
     with ShardWriter(out / shard.name) as writer:
         for number, sample in enumerate(ShardReader(shard)):
-            files = {name: sample[name] for name in sample}
+            files = {name: sample[name] for name in sample.members}
             if number == 1:
                 array = np.array(ids, "<u2")
                 files["ids.npy"] = npy_header("<u2", len(array)) + array.tobytes()

@@ -4,11 +4,11 @@ media       bytes of one file -> str, picture, sound, film; refuses what is dama
 shards      tar files by offset: which shards, which samples, whole or named as damaged
 manifest    what a shard holds and what it was made from; written last, it is the commit
 templates   how a raw sample becomes documents
-tokenize    raw shards -> token shards, once each, however often the run is killed
+tokenize, tokenize_many   raw shards -> token shards, once each, however often a run is killed
 packing     documents -> rows of one length
 batch       ids -> positions, segments, loss weights, modalities
 loader      the order of rows and samples, as a function of one integer
 signals_data, module   batches for codecs and for language models, as Lightning data modules
 folders     pictures, sounds, films and captions -> raw shards
-dialpad, digits        two worlds to learn from
+dialpad, digits, worlds   two worlds to learn from, and the steps around their shards
 """

@@ -1,8 +1,8 @@
 """What a file of the library holds, in plain text: `unimm inspect`.
 
 Knows bundles and codecs (folder, shipped name, Hub id), training checkpoints and run folders, raw
-shards, token shards, and many shards at once. Nothing that is read can run code, and weights are
-not loaded into memory.
+shards, token shards, and many shards at once. Nothing that is read can run code; of language models
+and checkpoints, shapes are read and no weights.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from unimm.data.tokenize import TokenizeConfig
 from unimm.data.tokenize_many import tokenize_shards
 from unimm.data.worlds import Split, assemble_tokenizer, make_shards
 from unimm.evaluation.accuracy import Direction, DirectionResult, accuracies, measure
+from unimm.evaluation.card import CARD_FILE, bundle_card
 from unimm.evaluation.page import write_answers, write_page
 from unimm.evaluation.recipe import Recipe, load_recipe
 from unimm.evaluation.report import write_results
@@ -111,7 +113,8 @@ def run(name_or_path: str, out: Path, data: Path | None) -> int:
         bundle = out / "bundle"
         export(out / "lm", bundle, tokenizer, torch.float16)
         _set_defaults(bundle, recipe)
-    return _judge(bundle, recipe, out, data, recipe.samples, clock, console)
+    _judge(bundle, recipe, out, data, recipe.samples, clock, console)
+    return 0
 
 
 def evaluate(
@@ -124,7 +127,8 @@ def evaluate(
     if wanted < 1:
         raise ValueError(f"samples must be 1 or more, got {wanted}")
     out.mkdir(parents=True, exist_ok=True)
-    return _judge(bundle, recipe, out, data, wanted, Stopwatch(), Console())
+    _judge(bundle, recipe, out, data, wanted, Stopwatch(), Console())
+    return 0
 
 
 def _make(recipe: Recipe, data: Path | None, out: Path, split: Split) -> None:
@@ -229,7 +233,7 @@ def _judge(
     samples: int,
     clock: Stopwatch,
     console: Console,
-) -> int:
+) -> None:
     lm, tok = UnifiedLM.from_pretrained(bundle), UnifiedTokenizer.from_pretrained(bundle)
     shipped = bundle / JUDGES_FOLDER
     with clock.step("judges", console):
@@ -263,4 +267,10 @@ def _judge(
         recipe=yaml.safe_load((recipe.folder / "recipe.yaml").read_text()),
     )
     console.print(f"report: {page}")
-    return 0
+    if bundle.parent == out:  # made by this run: it gets its card
+        reopen(bundle)
+        card = bundle_card(recipe, lm, tok, results, judged, clock.seconds)
+        write_text(bundle / CARD_FILE, card)
+        if recipe.ship_judges:
+            shutil.copytree(out / JUDGES_FOLDER, shipped, dirs_exist_ok=True)
+        seal(bundle)

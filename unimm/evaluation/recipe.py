@@ -30,8 +30,8 @@ class Recipe:
     world: where raw samples come from. train, val: how many. codecs: modality -> training recipe.
     templates: document templates. documents_per_sample: drawn of them for each sample. model:
     training recipe of the language model. generation: modality -> sampling defaults of the bundle.
-    directions: what is judged, each with its goal. samples: prompts per direction. title: for
-    people.
+    directions: what is judged, each with its goal. samples: prompts per direction. title, data,
+    licence: what the bundle's card says. ship_judges: put the judges into the bundle.
 
     What would fail only after the training is checked when it is made.
 
@@ -52,6 +52,9 @@ class Recipe:
     samples: int
     audio_layout: AudioLayout = "frame"
     title: str = ""
+    data: str = ""
+    licence: str = "apache-2.0"
+    ship_judges: bool = False
 
     def __post_init__(self) -> None:
         where = self.folder / RECIPE_FILE

@@ -275,7 +275,7 @@ def _code_sizes(
 def _least(tok: UnifiedTokenizer, modality: str | None, sizes: tuple[int, int, int]) -> int:
     """Ids that the smallest answer takes, room for the final `<eos>` included."""
     if modality in (None, "text"):
-        return 1
+        return 1 if modality is None else 2
     rule = tok.grammar.rule(modality)
     smallest = (max(1, sizes[0]), max(1, sizes[1]), max(1, sizes[2]))
     return rule.count(smallest) + rule.header + 3
@@ -299,7 +299,12 @@ def _request(
         between[list(grammar.turns)] = True
     elif modality != "text":
         between[grammar.rule(modality).open] = True
+    opening = between.clone()
+    if modality == "text":  # who asks for words gets at least one piece
+        opening[grammar.eos] = False
     device = lm.device
     single = torch.full((rows,), modality not in (None, "text"), device=device)
     forced = torch.tensor(sizes, device=device).expand(rows, 3)
-    return Request(between.to(device).expand(rows, -1), single, forced)
+    return Request(
+        between.to(device).expand(rows, -1), single, forced, opening.to(device).expand(rows, -1)
+    )

@@ -96,6 +96,8 @@ def run(
         writing = State(*(field[:rows] for field in state))
         remaining = torch.full((rows,), max_new - number, device=device)
         allowed = machine.allowed(writing, request, remaining)
+        if number == 0 and request.opening is not None:
+            allowed = allowed & request.opening
         allowed = torch.where(done[:, None], machine.ids == grammar.eos, allowed)
         chosen = sample(logits, allowed, draws[:, number], sampling)
         active = ~done

@@ -42,11 +42,13 @@ class Request:
     between: bool (B, V), ids allowed between items.
     single: bool (B,), the row is done when its first codec item is closed.
     sizes: int64 (B, 3), forced (t, h, w) code sizes; 0 leaves the choice to the model.
+    opening: bool (B, V), ids of which the very first one must be; None: no further condition.
     """
 
     between: Tensor
     single: Tensor
     sizes: Tensor
+    opening: Tensor | None = None
 
 
 class Machine:

@@ -14,7 +14,7 @@ from unimm.tokenizer import UnifiedTokenizer
 def test_the_world_made_by_rule(tmp_path: Path) -> None:
     assert make_shards("dialpad", tmp_path, world="dialpad", count=3, seed=4) == 3
     (path,) = expand(tmp_path)
-    assert [sorted(sample) for sample in ShardReader(path)] == [
+    assert [sorted(sample.members) for sample in ShardReader(path)] == [
         ["gif", "json", "png", "txt", "wav"]
     ] * 3
     again = tmp_path / "again"
@@ -32,7 +32,7 @@ def test_real_digits(shared_data: Path, tmp_path: Path, split: Any) -> None:
     (path,) = expand(tmp_path)
     samples = ShardReader(path)
     assert len(samples) == 5
-    assert {"gif", "json", "png", "txt", "wav"} <= set(samples.samples[0])
+    assert {"gif", "json", "png", "txt", "wav"} <= samples.samples[0].members.keys()
 
 
 def test_real_digits_that_are_not_there_are_named(tmp_path: Path) -> None:
