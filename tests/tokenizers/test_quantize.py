@@ -27,6 +27,13 @@ def quantizer(request: pytest.FixtureRequest) -> Quantizer:
     return quantizers()[request.param]
 
 
+def codebooks_of(quantizer: ResidualVectorQuantizer) -> Tensor:
+    """(K, codebook_size, dim)."""
+    books = quantizer.vq.codebooks
+    assert isinstance(books, Tensor)
+    return books.clone()
+
+
 def state_of(quantizer: Quantizer) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
 
@@ -76,7 +83,7 @@ def test_levels_code_what_is_left() -> None:
     quantizer(torch.randn(4, DIM, 100))
     latents = torch.randn(1, DIM, 20)
     codes = quantizer.eval()(latents).codes[0]
-    residual, books = latents[0].T, quantizer.vq.codebooks
+    residual, books = latents[0].T, codebooks_of(quantizer)
     assert books.shape == (3, 16, DIM)
     for level, book in enumerate(books):
         assert torch.equal(torch.cdist(residual, book).argmin(1), codes[level])
@@ -138,20 +145,50 @@ def test_the_start_is_remembered() -> None:
     second = ResidualVectorQuantizer(DIM, 16).train()
     second.load_state_dict(first.state_dict())
     second(100 + torch.randn(1, DIM, 4))
-    moved = (second.vq.codebooks - first.vq.codebooks).norm(dim=-1)
+    moved = (codebooks_of(second) - codebooks_of(first)).norm(dim=-1)
     assert int((moved > 50).sum()) < 16  # k-means would have put every code among the four
 
 
+def test_warming_up_passes_latents_through(quantizer: Quantizer) -> None:
+    """No code and no loss, in training alone; the codebooks start when it is over."""
+    quantizer.train().warming_up = True
+    before = state_of(quantizer)
+    latents = torch.randn(2, DIM, 40)
+    quantized, codes, loss = quantizer(latents)
+    assert torch.equal(quantized, latents)
+    assert codes.shape == (2, quantizer.num_codebooks, 40)
+    assert bool((codes == -1).all())
+    assert float(loss) == 0
+    assert changed(quantizer, before) == set()
+    assert int(quantizer.eval()(latents).codes.min()) >= 0
+    quantizer.train().warming_up = False
+    assert int(quantizer(latents).codes.min()) >= 0
+    assert ("started" in changed(quantizer, before)) == isinstance(
+        quantizer, ResidualVectorQuantizer
+    )
+
+
+def test_restarted_statistics_keep_the_codes() -> None:
+    """As after loading: every code as if used once, none thrown out as dead by the next batch."""
+    quantizer = ResidualVectorQuantizer(DIM, 16).train()
+    quantizer(torch.randn(2, DIM, 200))
+    books = codebooks_of(quantizer)
+    quantizer.restart_statistics()
+    assert torch.equal(codebooks_of(quantizer), books)
+    quantizer(torch.randn(2, DIM, 200))
+    moved = (codebooks_of(quantizer) - books).norm(dim=-1)
+    assert float(moved.max()) < 1.0
+
+
 def test_gradients_go_straight_through() -> None:
-    for quantizer in (
-        ResidualVectorQuantizer(DIM, 16),
-        ResidualVectorQuantizer(DIM, 16, num_codebooks=3),
-    ):
+    """Once for every level: each one's residual leads back to the latents."""
+    for levels in (1, 3):
+        quantizer = ResidualVectorQuantizer(DIM, 16, num_codebooks=levels)
         latents = torch.randn(2, DIM, 9, requires_grad=True)
         output = quantizer.train()(latents)
         weights = torch.randn_like(latents)
         (gradient,) = torch.autograd.grad((output.quantized * weights).sum(), latents)
-        torch.testing.assert_close(gradient, weights)
+        torch.testing.assert_close(gradient, levels * weights)
 
 
 def test_gradients_reach_latents_through_any(quantizer: Quantizer) -> None:

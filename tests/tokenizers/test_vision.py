@@ -10,8 +10,7 @@ from unimm_tokenizers.vision import VisionCodec, VisionConfig
 
 SHAPES: dict[str, dict[str, Any]] = {
     "f4": {"multipliers": (1, 2)},
-    "f2": {"multipliers": (1,), "num_blocks": 2},
-    "f1": {"multipliers": (1,), "patch": 1},
+    "deep": {"multipliers": (1,), "patch": 4, "num_blocks": 2},
     "f8": {"multipliers": (1, 1, 2)},
     "fsq": {"multipliers": (1, 2), "fsq_levels": (5, 4)},
 }
@@ -44,15 +43,15 @@ def film_codec(request: pytest.FixtureRequest) -> VisionCodec:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [(1, 1), (40, 24), (37, 61), (9, 100)])
+@pytest.mark.parametrize("size", [(1, 1), (37, 45), (9, 80)])
 def test_tiles_are_the_whole(codec: VisionCodec, size: tuple[int, int]) -> None:
     x = noise(2, 3, *size)
     cell = codec.downsample[0]
     codes = codec.encode(x)
     made = codec.decode(codes, size)
-    for tile in (cell, 3 * cell, 16 * cell):
+    for tile in (2 * cell, 7 * cell):
         assert int((codec.encode_tiled(x, tile) != codes).sum()) == 0
-    for tile in (1, 3, 16):
+    for tile in (2, 5):
         tiled = codec.decode_tiled(codes, tile, size)
         torch.testing.assert_close(tiled, made, rtol=0, atol=1e-5)
     whole = codec.decode_tiled(codes, 4)
@@ -62,7 +61,7 @@ def test_tiles_are_the_whole(codec: VisionCodec, size: tuple[int, int]) -> None:
 def test_bad_tiles_are_refused(codec: VisionCodec, film_codec: VisionCodec) -> None:
     cell = codec.downsample[0]
     x = noise(1, 3, 16, 16)
-    for tile in (0, -cell, cell + 1) if cell > 1 else (0, -1):
+    for tile in (0, -cell, cell + 1):
         with pytest.raises(ValueError, match=f"tile must be a multiple of {cell}, got {tile}"):
             codec.encode_tiled(x, tile)
     with pytest.raises(ValueError, match="tile must be at least 1 code, got 0"):

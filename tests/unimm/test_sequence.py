@@ -1,7 +1,7 @@
 """The grammar: what it writes it reads back, whatever is not its own it refuses or salvages."""
 
 import re
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unimm.sequence import MAX_SIZE, TURNS, Grammar, GrammarError, Segment
-from unimm.vocabulary import MODALITIES, Vocabulary
+from unimm.vocabulary import MODALITIES, AudioLayout, Vocabulary
 
 
 class Case(NamedTuple):
@@ -28,7 +28,7 @@ def grammars(draw: st.DrawFn) -> Grammar:
     share = {}
     if "image" in codecs and "video" not in codecs and draw(st.booleans()):
         share = {"video": "image"}
-    layout = draw(st.sampled_from(["frame", "level"]))
+    layout: AudioLayout = draw(st.sampled_from(get_args(AudioLayout)))
     return Grammar(Vocabulary(draw(st.integers(1, 9)), codecs, share=share, audio_layout=layout))
 
 

@@ -5,13 +5,20 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unimm.vocabulary import DIGIT_SIZE, MARKERS, MODALITIES, SPECIAL_SIZE, Vocabulary
+from unimm.vocabulary import (
+    DIGIT_SIZE,
+    MARKERS,
+    MODALITIES,
+    SPECIAL_SIZE,
+    AudioLayout,
+    Vocabulary,
+)
 
 CODECS = {"image": [1024], "audio": [256, 256], "semantic": [64]}
 SHARE = {"video": "image"}
@@ -28,7 +35,7 @@ def vocabularies(draw: st.DrawFn) -> Vocabulary:
     share = {}
     if "image" in codecs and "video" not in codecs and draw(st.booleans()):
         share = {"video": "image"}
-    layout = draw(st.sampled_from(["frame", "level"]))
+    layout: AudioLayout = draw(st.sampled_from(get_args(AudioLayout)))
     return Vocabulary(draw(st.integers(1, 2000)), codecs, share=share, audio_layout=layout)
 
 

@@ -145,9 +145,15 @@ class Codec(nn.Module, ABC):
             )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write `config.json` and `model.safetensors`; `dtype` stores weights in half size."""
+        """Write `config.json` and `model.safetensors`; `dtype` stores weights in half size.
+
+        A quantizer's running statistics stay behind: only training needs them, and their sums
+        would not fit into half precision.
+        """
         config = {"codec": self.name, **dataclasses.asdict(self.config)}
-        save_model(folder, config, self.state_dict(), dtype)
+        statistics = self.quantizer.statistics
+        state = {k: v for k, v in self.state_dict().items() if not k.endswith(statistics)}
+        save_model(folder, config, state, dtype)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -162,7 +168,8 @@ class Codec(nn.Module, ABC):
         codec = codec_from_config(str(config.pop("codec", None)), config, str(folder))
         if not isinstance(codec, cls):
             raise ValueError(f"{folder}: holds a {codec.name!r} codec, not a {cls.name!r}")
-        load_weights(codec, folder)
+        load_weights(codec, folder, without=codec.quantizer.statistics)
+        codec.quantizer.restart_statistics()
         return codec.eval()
 
 

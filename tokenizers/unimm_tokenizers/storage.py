@@ -109,13 +109,16 @@ def load_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     return {name: t.float() if t.dtype in half else t for name, t in tensors.items()}
 
 
-def load_weights(module: torch.nn.Module, folder: str | Path) -> None:
-    """Read `model.safetensors` into a module, every tensor of it.
+def load_weights(
+    module: torch.nn.Module, folder: str | Path, without: tuple[str, ...] = ()
+) -> None:
+    """Read `model.safetensors` into a module: every tensor of it but those ending in `without`.
 
     Raises:
         ValueError: the file is missing or damaged, or does not fit the module.
     """
-    state, expected = load_tensors(folder), module.state_dict()
+    state = load_tensors(folder)
+    expected = {k: v for k, v in module.state_dict().items() if not k.endswith(without)}
     wrong = sorted(
         key
         for key in expected.keys() | state.keys()
@@ -123,4 +126,4 @@ def load_weights(module: torch.nn.Module, folder: str | Path) -> None:
     )
     if wrong:
         raise ValueError(f"{folder}: weights do not fit the config, first at {wrong[0]!r}")
-    module.load_state_dict(state)
+    module.load_state_dict({**module.state_dict(), **state})

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import tarfile
 import wave
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +90,9 @@ def make_scene(seed: int, index: int, digit: int | None = None) -> Scene:
     )
 
 
-def write_raw_shards(out: Path, count: int, seed: int, samples_per_shard: int = 1000) -> list[Path]:
+def write_raw_shards(
+    out: Path, count: int, seed: int, samples_per_shard: int = 1000, workers: int = 1
+) -> list[Path]:
     """Write scenes 0 to count - 1 of world `seed` as raw shards `dialpad-000000.tar`, ...
 
     Args:
@@ -96,16 +100,22 @@ def write_raw_shards(out: Path, count: int, seed: int, samples_per_shard: int = 
         count: number of scenes.
         seed: the world.
         samples_per_shard: scenes in every shard but the last.
+        workers: processes that draw; the bytes do not depend on it.
 
     Returns:
         The shards, in order.
     """
-    return write_shards(
-        out,
-        "dialpad",
-        ((f"{index:08d}", scene_files(make_scene(seed, index))) for index in range(count)),
-        samples_per_shard,
-    )
+    if workers == 1:
+        samples = (_sample(seed, index) for index in range(count))
+        return write_shards(out, "dialpad", samples, samples_per_shard)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        drawn = pool.imap(partial(_sample, seed), range(count), chunksize=64)
+        return write_shards(out, "dialpad", drawn, samples_per_shard)
+
+
+def _sample(seed: int, index: int) -> tuple[str, dict[str, bytes]]:
+    """Key and files of one scene."""
+    return f"{index:08d}", scene_files(make_scene(seed, index))
 
 
 def scene_files(scene: Scene, notes: Mapping[str, object] | None = None) -> dict[str, bytes]:

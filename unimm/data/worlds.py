@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -47,7 +48,9 @@ def make_shards(
         return make_raw_shards(Path(source), Path(out)).samples
     wanted = DEFAULT_COUNT if count is None else count
     if world == "dialpad":
-        dialpad.write_raw_shards(Path(out), wanted, seed)
+        # Drawing costs 3 ms a scene; below a thousand, starting processes costs more.
+        workers = (os.cpu_count() or 1) if wanted > 1000 else 1
+        dialpad.write_raw_shards(Path(out), wanted, seed, workers=workers)
     else:
         digits.write_raw_shards(Path(source), Path(out), split, wanted, seed)
     return wanted

@@ -32,7 +32,9 @@ class Direction:
     Args:
         source: modality of the prompts, for example "text".
         target: modality of the answers, for example "image".
-        name: as the results show it; "text->image" where it is left out.
+        via: a modality in between: the model first answers in it, and then continues that answer
+            alone; None asks for the target at once.
+        name: as the results show it; "text->image" or "audio->text->image" where it is left out.
         guidance: classifier-free guidance for generation; None takes the bundle's own.
         goal: the accuracy that is aimed at, 0 to 1, shown beside the one that is reached.
         options: further arguments for generation, such as temperature or size.
@@ -40,6 +42,7 @@ class Direction:
 
     source: str
     target: str
+    via: str | None = None
     name: str = ""
     guidance: float | None = None
     goal: float | None = None
@@ -47,7 +50,8 @@ class Direction:
 
     def __post_init__(self) -> None:
         if not self.name:
-            object.__setattr__(self, "name", f"{self.source}->{self.target}")
+            steps = [self.source, *([self.via] if self.via else []), self.target]
+            object.__setattr__(self, "name", "->".join(steps))
         if self.goal is not None and not 0 <= self.goal <= 1:
             raise ValueError(f"{self.name}: goal must be a share, 0 to 1, got {self.goal}")
 

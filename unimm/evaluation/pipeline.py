@@ -241,6 +241,8 @@ def _judge(
     scenes = validation_scenes(recipe.world, data, samples)
 
     def answer(prompts: list[Document], way: Direction, seeds: list[int]) -> list[Document]:
+        if way.via is not None:
+            prompts = generate_batch(lm, tok, prompts, way.via, seeds=seeds)
         return generate_batch(
             lm, tok, prompts, way.target, guidance=way.guidance, seeds=seeds, **way.options
         )

@@ -61,7 +61,7 @@ def generate(
     """
     if num_samples < 0:
         raise ValueError(f"num_samples must be 0 or more, got {num_samples}")
-    first = int(torch.randint(2**31, ())) if seed is None else seed
+    first = _seed(seed)
     return generate_batch(
         lm,
         tok,
@@ -121,7 +121,7 @@ def stream(
     *,
     size: Size | None = None,
     max_new_tokens: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     **sampling: Any,
 ) -> Iterator[Item]:
     """Continue a document, giving out text pieces as they come and other items as they close.
@@ -133,7 +133,7 @@ def stream(
     whole = {rule.close for rule in tok.grammar.rules.values()} | set(tok.grammar.turns)
     written: list[int] = []
     said = now = ""  # of the present text: the part that has been given out, and all of it
-    for step in job.steps(lm, tok, [seed]):
+    for step in job.steps(lm, tok, [_seed(seed)]):
         token = int(step.ids[0])
         written.append(token)
         segments = _parse(tok, written)
@@ -148,6 +148,10 @@ def stream(
         said = now = ""
         if token in whole:
             yield _cut(tok.decode_segments(segments[-1:])[0], size)
+
+
+def _seed(seed: int | None) -> int:
+    return int(torch.randint(2**31, ())) if seed is None else seed
 
 
 def _parse(tok: UnifiedTokenizer, written: list[int]) -> list[Segment]:

@@ -83,10 +83,11 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, positions: Tensor, segment_ids: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         """(B, T, d_model) -> (B, T, d_model)."""
-        x = x + self.attention(self.attention_norm(x), positions, segment_ids, cache)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.dropout(self.attention(self.attention_norm(x), positions, segment_ids, cache))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

@@ -14,6 +14,7 @@ class ModelConfig:
     d_ff: width of the gated feed-forward; None: 8/3 d_model in whole multiples of 64.
     rope_bases: rotary base of each position axis (t, h, w). Text stands on the diagonal, so the
         h and w axes must reach as far as t does.
+    dropout: share of each residual branch's output that training drops (Chameleon-7B: 0.1).
     """
 
     vocab_size: int = 0
@@ -24,6 +25,7 @@ class ModelConfig:
     d_ff: int | None = None
     rope_bases: tuple[float, float, float] = (10000.0, 10000.0, 10000.0)
     norm_eps: float = 1e-6
+    dropout: float = 0.0
     tied_embeddings: bool = True
 
     def __post_init__(self) -> None:

@@ -110,7 +110,9 @@ TEMPLATES = [
     {"parts": ["{json.film}", "{gif}"]},
 ]
 RECIPE = {
-    "title": "tiny",
+    "title": "tiny world",
+    "data": "made by the test",
+    "ship_judges": True,
     "world": "dialpad",
     "train": 24,
     "val": 8,
@@ -200,6 +202,18 @@ def test_the_bundle_is_sealed_half_precise_and_writes(done: Path) -> None:
     assert bundle_size < 0.75 * full
 
 
+def test_the_bundle_has_a_card_and_its_judges(done: Path) -> None:
+    card = (done / "bundle/README.md").read_text()
+    results = json.loads((done / "results.json").read_text())
+    assert "# tiny world\n" in card
+    assert "Data: made by the test" in card
+    for name, value in results["accuracy"].items():
+        assert f"| {name} | {value:.1%} |" in card
+    for path in (done / "judges").rglob("*.*"):
+        shipped = done / "bundle/judges" / path.relative_to(done / "judges")
+        assert shipped.read_bytes() == path.read_bytes()
+
+
 def test_shards_of_both_splits_are_tokenized(done: Path) -> None:
     for split, scenes in (("train", 24), ("val", 8)):
         manifest = Manifest.read(done / "tokens" / split / "dialpad-000000.tar")
@@ -232,11 +246,11 @@ def test_a_second_run_does_only_what_is_left(done: Path) -> None:
 
 def test_a_bundle_is_judged_by_itself(done: Path, tmp_path: Path) -> None:
     out = tmp_path / "judged"
-    bundle = shutil.copytree(done / "bundle", tmp_path / "bundle")
-    shutil.copytree(done / "judges", bundle / "judges")  # as a bundle may ship; none is trained
-    command = ["evaluate", "--model", bundle, "--recipe", done.parent / "tiny"]
+    command = ["evaluate", "--model", done / "bundle", "--recipe", done.parent / "tiny"]
     assert main([str(part) for part in (*command, "--samples", 2, "--out", out)]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.json"]
+    # No judge was trained: the bundle ships with its own.
+    written = ["answers.png", "report.html", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == written
     results = json.loads((out / "results.json").read_text())
     assert [part["total"] for part in results["directions"]] == [2] * len(DIRECTIONS)
     assert list(results["seconds"]) == STEPS[4:]
@@ -259,13 +273,14 @@ def test_the_fast_demo_judges_a_bundle(
     assert (tmp_path / "demo/report.html").is_file()
 
 
-def test_a_codec_that_fails_is_told_at_once_and_stops_the_others(
+BROKEN = {**AUDIO, "trainer": {**trainer(), "max_step": 3}}
+
+
+def test_a_codec_that_fails_is_one_line_that_names_its_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    endless = {**IMAGE, "trainer": {**trainer(), "max_steps": 10**7}}
-    broken = {**AUDIO, "trainer": {**trainer(), "max_step": 3}}
-    recipe = write_recipe(tmp_path / "tiny", image=endless, audio=broken)
-    out = tmp_path / "out"
+    alone = {**RECIPE, "codecs": {"audio": "audio.yaml"}}
+    recipe, out = write_recipe(tmp_path / "tiny", recipe=alone, audio=BROKEN), tmp_path / "out"
     assert main(["run", str(recipe), "--out", str(out)]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     log = out / "audio.log"
@@ -276,6 +291,14 @@ def test_a_codec_that_fails_is_told_at_once_and_stops_the_others(
     assert not (out / "tokens").exists()
     # The steps that were reached are timed all the same.
     assert list(json.loads((out / "seconds.json").read_text())) == STEPS[:2]
+
+
+@pytest.mark.slow  # two processes that import torch
+def test_a_codec_that_fails_stops_the_others(tmp_path: Path) -> None:
+    endless = {**IMAGE, "trainer": {**trainer(), "max_steps": 10**7}}
+    recipe = write_recipe(tmp_path / "tiny", image=endless, audio=BROKEN)
+    with pytest.raises(ValueError, match="audio codec: training failed"):
+        run(str(recipe), tmp_path / "out", None)
 
 
 def test_processes_are_named_as_they_end() -> None:

@@ -94,11 +94,14 @@ def test_ids_of_no_weight_are_never_drawn() -> None:
 def test_rows_draw_alone() -> None:
     logits, uniform = torch.randn(8, 50), torch.rand(8)
     allowed = torch.rand(8, 50) > 0.3
-    for options in ({}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0.0}):
-        together = sample(logits, allowed, uniform, Sampling(**options))
+    for sampling in (
+        *(Sampling(), Sampling(top_k=5)),
+        *(Sampling(top_p=0.7), Sampling(temperature=0.0)),
+    ):
+        together = sample(logits, allowed, uniform, sampling)
         for row in range(8):
             part = slice(row, row + 1)
-            alone = sample(logits[part], allowed[part], uniform[part], Sampling(**options))
+            alone = sample(logits[part], allowed[part], uniform[part], sampling)
             assert alone[0] == together[row]
 
 

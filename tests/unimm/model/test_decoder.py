@@ -29,7 +29,7 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
+@pytest.fixture(params=SHAPES.values(), ids=list(SHAPES))
 def lm(request: pytest.FixtureRequest) -> UnifiedLM:
     return UnifiedLM(request.param).eval()
 

@@ -35,6 +35,10 @@ class Quantizer(nn.Module, ABC):
     num_codebooks: int
     codebook_size: int
     warming_up: bool = False
+    statistics: tuple[str, ...] = ()  # endings of the names of buffers that only training needs
+
+    def restart_statistics(self) -> None:
+        """Set the statistics to what they would be had each code been used once."""
 
     def forward(self, latents: Tensor) -> Quantized:
         """Quantize, in float32 whatever the autocast type; updates codebooks while training."""

@@ -18,10 +18,15 @@ class FiniteScalarQuantizer(Quantizer):
         dim: channels D of the latents.
         levels: levels per channel; their product is the codebook size. The paper's advice:
             (8, 6, 5) for 240 codes, (8, 5, 5, 5) for 1,000, (7, 5, 5, 5, 5) for 4,375.
+
+    Raises:
+        ValueError: a level below 3, which has no middle to round to.
     """
 
     def __init__(self, dim: int, levels: tuple[int, ...]) -> None:
         super().__init__()
+        if not levels or min(levels) < 3:
+            raise ValueError(f"finite scalar levels must each be 3 or more, got {levels}")
         self.num_codebooks = 1
         self.codebook_size = math.prod(levels)
         self.fsq = FSQ(levels=list(levels), dim=dim)

@@ -1,7 +1,8 @@
 """Residual vector quantization (K = 1: plain VQ), by `vector-quantize-pytorch`.
 
 EMA codebooks (van den Oord et al., arXiv 1711.00937, appendix A.1), k-means start and revival of
-dead codes (SoundStream, arXiv 2107.03312, section III.C). Search and update run in float32.
+dead codes (SoundStream, arXiv 2107.03312, section III.C). Search and update run in float32. The
+library passes the gradient straight through every level, so K levels give the encoder K times it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class ResidualVectorQuantizer(Quantizer):
         cosine: compare on the unit sphere (LlamaGen's choice for pictures); K = 1 only.
         dropout: while training, use a random number of levels (bitrate ladder).
     """
+
+    statistics = ("_codebook.cluster_size", "_codebook.embed_avg")
 
     def __init__(
         self,
@@ -71,6 +74,12 @@ class ResidualVectorQuantizer(Quantizer):
         """The library's codebook of each level."""
         layers: Any = self.vq.layers
         return [layer._codebook for layer in layers]
+
+    def restart_statistics(self) -> None:
+        """See `Quantizer.restart_statistics`."""
+        for codebook in self._codebooks:
+            codebook.cluster_size.fill_(1.0)
+            codebook.embed_avg.copy_(codebook.embed)
 
     def quantize(self, latents: Tensor) -> Quantized:
         """See `Quantizer.quantize`."""

@@ -1,0 +1,82 @@
+"""Adversaries score patches of whatever the codecs make, and can be trained to tell."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unimm_tokenizers.discriminators import PatchDiscriminator, SpectrumDiscriminator
+from unimm_tokenizers.losses import discriminator_hinge
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "scores"),
+    [
+        (3, (2, 3, 32, 24), (2, 1, 8, 6)),
+        (1, (2, 1, 9, 13), (2, 1, 2, 3)),
+        (3, (2, 3, 5, 16, 16), (10, 1, 4, 4)),  # frames of a film, each by itself
+        (1, (2, 33, 20), (2, 1, 8, 5)),  # a spectrum is a picture of one channel
+    ],
+)
+def test_patch_scores(channels: int, size: tuple[int, ...], scores: tuple[int, ...]) -> None:
+    assert PatchDiscriminator(channels, channels=8)(torch.randn(size)).shape == scores
+
+
+def test_more_layers_see_more() -> None:
+    x = torch.randn(1, 3, 64, 64)
+    shapes = [PatchDiscriminator(3, 4, layers)(x).shape[-1] for layers in (1, 2, 3)]
+    assert shapes == [32, 16, 8]
+
+
+def test_frames_of_a_film_are_scored_as_pictures() -> None:
+    scorer = PatchDiscriminator(3, channels=8).eval()
+    film = torch.randn(1, 3, 4, 16, 16)
+    pictures = film[0].transpose(0, 1)
+    torch.testing.assert_close(scorer(film), scorer(pictures))
+
+
+def test_spectrum_scores() -> None:
+    scorer = SpectrumDiscriminator(windows=(64, 128), channels=4)
+    scores = scorer(torch.randn(3, 1, 1000))
+    # 33 bins x 63 frames and 65 x 32, each side halved twice.
+    assert scores.shape == (3, 8 * 15 + 16 * 8)
+    assert scorer(torch.randn(3, 1, 500)).shape[1] < scores.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("scorer", "size"),
+    [
+        (PatchDiscriminator(3, channels=8), (8, 3, 16, 16)),
+        (SpectrumDiscriminator(windows=(64,), channels=4), (8, 1, 400)),
+    ],
+)
+def test_it_learns_to_tell(scorer: nn.Module, size: tuple[int, ...]) -> None:
+    """Noise from its smoothed self: the hinge falls, and every weight takes part."""
+
+    def smooth(x: Tensor) -> Tensor:
+        return (x + x.roll(1, -1) + x.roll(2, -1)) / 3
+
+    optimizer = torch.optim.Adam(scorer.parameters(), 1e-2)
+    losses = []
+    for _ in range(25):
+        real = torch.randn(size)
+        loss = discriminator_hinge(scorer(real), scorer(smooth(torch.randn(size))))
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(
+            p.grad is not None and bool(p.grad.isfinite().all()) for p in scorer.parameters()
+        )
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_scores_are_bounded_by_spectral_norm() -> None:
+    """Every layer is 1-Lipschitz, so a score moves no more than the picture (times its kernel)."""
+    scorer = PatchDiscriminator(3, channels=8).train()
+    for _ in range(50):  # power iterations
+        scorer(torch.randn(1, 3, 16, 16))
+    scorer.eval()
+    for layer in scorer.body:
+        if isinstance(layer, nn.Conv2d):
+            norm = torch.linalg.matrix_norm(layer.weight.flatten(1), 2)
+            assert float(norm.detach()) == pytest.approx(1.0, abs=0.02)
