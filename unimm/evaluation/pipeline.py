@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -28,9 +29,9 @@ from unimm.data.worlds import Split, assemble_tokenizer, make_shards
 from unimm.evaluation.accuracy import Direction, DirectionResult, accuracies, measure
 from unimm.evaluation.card import CARD_FILE, bundle_card
 from unimm.evaluation.page import write_answers, write_page
-from unimm.evaluation.recipe import Recipe, load_recipe
+from unimm.evaluation.recipe import RECIPE_FILE, Recipe, load_recipe
 from unimm.evaluation.report import write_results
-from unimm.evaluation.worlds import check_data, judges, prompts_for, validation_scenes
+from unimm.evaluation.worlds import Judged, check_data, judges, prompts_for, validation_scenes
 from unimm.generation import generate_batch
 from unimm.model import UnifiedLM
 from unimm.signals import Document
@@ -43,6 +44,15 @@ SECONDS_FILE = "seconds.json"
 JUDGES_FOLDER = "judges"  # in a run, and in a bundle that ships with them
 FAST_SAMPLES = 60
 POLL_SECONDS = 0.2
+
+
+class Judgement(NamedTuple):
+    """A bundle's model and tokenizer, what they reached, and who judged."""
+
+    lm: UnifiedLM
+    tok: UnifiedTokenizer
+    results: list[DirectionResult]
+    judged: Judged
 
 
 class Stopwatch:
@@ -113,7 +123,8 @@ def run(name_or_path: str, out: Path, data: Path | None) -> int:
         bundle = out / "bundle"
         export(out / "lm", bundle, tokenizer, torch.float16)
         _set_defaults(bundle, recipe)
-    _judge(bundle, recipe, out, data, recipe.samples, clock, console)
+    judgement = _judge(bundle, recipe, out, data, recipe.samples, clock, console)
+    _finish(bundle, recipe, out, judgement, clock)
     return 0
 
 
@@ -233,7 +244,7 @@ def _judge(
     samples: int,
     clock: Stopwatch,
     console: Console,
-) -> None:
+) -> Judgement:
     lm, tok = UnifiedLM.from_pretrained(bundle), UnifiedTokenizer.from_pretrained(bundle)
     shipped = bundle / JUDGES_FOLDER
     with clock.step("judges", console):
@@ -266,13 +277,19 @@ def _judge(
         seconds=clock.seconds,
         directions=[result.to_dict() for result in results],
         judges=judged.accuracy,
-        recipe=yaml.safe_load((recipe.folder / "recipe.yaml").read_text()),
+        recipe=yaml.safe_load((recipe.folder / RECIPE_FILE).read_text()),
     )
     console.print(f"report: {page}")
-    if bundle.parent == out:  # made by this run: it gets its card
-        reopen(bundle)
-        card = bundle_card(recipe, lm, tok, results, judged, clock.seconds)
-        write_text(bundle / CARD_FILE, card)
-        if recipe.ship_judges:
-            shutil.copytree(out / JUDGES_FOLDER, shipped, dirs_exist_ok=True)
-        seal(bundle)
+    return Judgement(lm, tok, results, judged)
+
+
+def _finish(
+    bundle: Path, recipe: Recipe, out: Path, judgement: Judgement, clock: Stopwatch
+) -> None:
+    """Give a bundle that this run made its card and, where the recipe says so, its judges."""
+    reopen(bundle)
+    write_text(bundle / CARD_FILE, bundle_card(recipe, *judgement, clock.seconds))
+    shipped = bundle / JUDGES_FOLDER
+    if recipe.ship_judges and not shipped.is_dir():
+        shutil.copytree(out / JUDGES_FOLDER, shipped)
+    seal(bundle)

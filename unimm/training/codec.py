@@ -12,6 +12,7 @@ from unimm.training.optim import OptimizerConfig, build_optimizers
 from unimm.training.task import Task
 from unimm_tokenizers import Codec
 from unimm_tokenizers.losses import Objective, discriminator_hinge, generator_hinge
+from unimm_tokenizers.losses.objectives import total
 from unimm_tokenizers.quantize.base import code_usage
 
 
@@ -85,7 +86,7 @@ class CodecTask(Task):
             terms["adversarial"] = self.adversarial_weight * self._fooled(made)
         if self.discriminator is not None:
             self._train_discriminator(self.discriminator, made)
-        loss = torch.stack([value.float() for value in terms.values()]).sum()
+        loss = total(terms)
         norm = self.descend(loss, self.codec.parameters(), 0, self._codec_optimizers)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
         self.log_dict({"train/loss": loss.detach(), "train/gradient_norm": norm}, prog_bar=True)

@@ -112,5 +112,5 @@ class SpectrumObjective(Objective):
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:
-    """Sum of the terms."""
-    return torch.stack(list(terms.values())).sum()
+    """Sum of the terms, in float32."""
+    return torch.stack([term.float() for term in terms.values()]).sum()
