@@ -48,6 +48,17 @@ WITHOUT_WGMMA = {
 }
 
 
+# Configurations of attention_tma.py, which run on sm_90 alone.
+HOPPER_ALONE = ("specialized", "descriptors")
+SPECIALIZED_MODES: dict[str, dict[str, Any]] = {
+    "causal": {"implementation": "triton-ws"},
+    "full": {"implementation": "triton-ws", "causal": False},
+    "window": {"implementation": "triton-ws", "window": 100},
+    "packed": {"implementation": "triton-ws", "packed": True},
+    "packed-window": {"implementation": "triton-ws", "packed": True, "window": 100},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What one compiled kernel uses."""
@@ -61,6 +72,7 @@ class Report:
     shared_bytes: int
     wgmma: int
     mma: int
+    specialized: bool
     problems: tuple[str, ...]
 
 
@@ -130,6 +142,10 @@ def compiled(name: str, launch: Launch, arch: int) -> Report:
     meant = all(not (name.startswith(op) and function == k) for op, k in WITHOUT_WGMMA)
     if arch == 90 and mma and not wgmma and meant:
         problems.append("mma.sync where wgmma exists")
+    # Only a warp-specialised kernel divides the registers anew between its warp groups.
+    specialized = "setmaxnreg" in ptx
+    if launch.arguments.get("SPECIALIZED") and not specialized:
+        problems.append("not warp-specialised")
     return Report(
         op=name,
         kernel=function,
@@ -140,6 +156,7 @@ def compiled(name: str, launch: Launch, arch: int) -> Report:
         shared_bytes=shared,
         wgmma=wgmma,
         mma=mma,
+        specialized=specialized,
         problems=tuple(problems),
     )
 
@@ -174,14 +191,19 @@ def _transposed_products(ttgir: str) -> list[str]:
 
 
 def _attention(
-    head_dim: int, dtype: torch.dtype, packed: bool = False, **options: Any
+    head_dim: int,
+    dtype: torch.dtype,
+    packed: bool = False,
+    implementation: str = "triton",
+    **options: Any,
 ) -> Callable[[], object]:
     def run() -> None:
         q = torch.zeros(1, 256, 8, head_dim, dtype=dtype, requires_grad=True)
         k = torch.zeros(1, 256, 2, head_dim, dtype=dtype, requires_grad=True)
         ids = torch.zeros(1, 256, dtype=torch.int64) if packed else None
-        out = ops.attention(q, k, k, segment_ids=ids, implementation="triton", **options)
-        out.sum().backward()
+        out = ops.attention(q, k, k, segment_ids=ids, implementation=implementation, **options)
+        if implementation == "triton":  # The other variants are forward passes alone.
+            out.sum().backward()
 
     return run
 
@@ -242,13 +264,18 @@ def _codes(d: int, dtype: torch.dtype) -> Callable[[], object]:
 def configurations() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every op by name, in the shapes and types that change what is compiled."""
     half, full = torch.bfloat16, torch.float32
-    for d in (64, 80, 128, 256):
+    for d in (64, 80, 96, 128, 256):
         yield f"attention-{d}-bf16", _attention(d, half)
+    yield "attention-128-fp16", _attention(128, torch.float16)
     yield "attention-128-bf16-full", _attention(128, half, causal=False)
     yield "attention-128-bf16-window", _attention(128, half, window=512)
     yield "attention-128-bf16-packed", _attention(128, half, packed=True)
     yield "attention-64-fp32", _attention(64, full)
     yield "attention-128-fp32", _attention(128, full)
+    for d in (64, 80, 128, 256):
+        for name, options in SPECIALIZED_MODES.items():
+            yield f"specialized-{d}-{name}", _attention(d, half, **options)
+    yield "descriptors-128", _attention(128, half, implementation="triton-tma")
     for d in (64, 128, 256):
         yield f"decode-{d}-bf16", _decode(d, half)
     yield "rotary", _rotary
@@ -263,6 +290,8 @@ def configurations() -> Iterator[tuple[str, Callable[[], object]]]:
 def reports(arch: int, *wanted: str) -> Iterator[Report]:
     """A report for each kernel of each configuration, or of those whose name begins as wanted."""
     for name, op in configurations():
+        if arch != 90 and name.startswith(HOPPER_ALONE):
+            continue
         if not wanted or name.startswith(wanted):
             for launch in launches(op):
                 yield compiled(name, launch, arch)

@@ -7,15 +7,18 @@ FlashAttention 2.1. Window w: a query sees itself and the w - 1 keys before it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unimm_kernels import attention_kernels as kernels
+from unimm_kernels import attention_tma
+from unimm_kernels.attention_tiles import tiled_attention
 from unimm_kernels.backend import adjacent, autocast, precision, resolve, same_dtype, triton
 from unimm_kernels.documents import document_ranges
+from unimm_kernels.tuning import PLAIN, Choice, choice, forward_tiles
 
 LOG2_E = 1.4426950408889634
 
@@ -45,7 +48,9 @@ def attention(
         cu_seqlens: (n + 1,) integers, the same by document starts among the B * T tokens, padded by
             repeating the last value.
         scale: factor of the scores, D ** -0.5 by default.
-        implementation: "triton", "torch" or None (by device).
+        implementation: "triton", "torch" or None (by device). "triton" runs the forward kernel that
+            was measured fastest on the device (tuning.py); "triton-tma" and "triton-ws" ask for the
+            one of attention_tma.py, without and with warp specialisation.
 
     Returns:
         (B, T, H, D) in q's dtype, or autocast's where autocast is on.
@@ -56,10 +61,13 @@ def attention(
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     if not factor > 0:
         raise ValueError(f"attention: scale {factor} must be positive")
-    if resolve(implementation, q) == "torch":
-        return _reference(q, k, v, ranges, causal, window, factor)
     starts, ends = ranges or (None, None)
-    return _attention(q, k, v, starts, ends, causal, window or 0, factor)[0]
+    asked = implementation if implementation in attention_tma.VARIANTS else None
+    if resolve("triton" if asked else implementation, q) == "torch":
+        if q.device.type == "cpu":
+            return tiled_attention(q, k, v, starts, ends, causal, window or 0, factor)
+        return _reference(q, k, v, ranges, causal, window, factor)
+    return _attention(q, k, v, starts, ends, causal, window or 0, factor, asked or "triton")[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, packed: bool) -> None:
@@ -114,40 +122,6 @@ def _reference(
     return out.transpose(1, 2)
 
 
-class Tiles(NamedTuple):
-    """Queries and keys of a tile, warps and pipeline stages of one kernel."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def forward_tiles(head_dim: int, element_size: int) -> Tiles:
-    """Forward tiles: no spills on sm_90 and within its shared memory, by compilation (`aot.py`)."""
-    if element_size == 4:
-        return Tiles(32, 32, 4, 1)
-    if head_dim <= 64:
-        return Tiles(128, 128, 8, 2)
-    return Tiles(128, 64, 8, 3) if head_dim <= 128 else Tiles(128, 32, 8, 2)
-
-
-def query_gradient_tiles(head_dim: int, element_size: int) -> Tiles:
-    """Tiles of the kernel of dQ, which holds Q, dO and dQ."""
-    if element_size == 4:
-        return Tiles(32, 32, 4, 1)
-    return Tiles(128, 64, 8, 2) if head_dim <= 128 else Tiles(128, 32, 8, 1)
-
-
-def key_gradient_tiles(head_dim: int, element_size: int) -> Tiles:
-    """Tiles of the kernel of dK and dV, which holds K, V, dK and dV."""
-    if element_size == 4:
-        return Tiles(32, 32, 4, 1)
-    if head_dim <= 64:
-        return Tiles(64, 128, 8, 2)
-    return Tiles(32, 128, 8, 2) if head_dim <= 128 else Tiles(64, 32, 8, 1)
-
-
 def block_of(head_dim: int) -> int:
     """Width of a tile's rows: a power of two, 16 at least, as the matrix units need."""
     return max(16, triton.next_power_of_2(head_dim))
@@ -167,6 +141,21 @@ def _modes(
     }
 
 
+def _forward_choice(
+    asked: str, q: Tensor, k: Tensor, v: Tensor, packed: bool, causal: bool
+) -> Choice:
+    """What was asked for by name, or was measured and can run on these inputs."""
+    reason = attention_tma.refusal(q, k, v, packed, causal)
+    if asked in attention_tma.VARIANTS:
+        if reason is not None:
+            raise ValueError(f'attention: implementation "{asked}" {reason}: give "triton"')
+        return Choice(asked, attention_tma.tma_tiles(q.shape[3], asked == "triton-ws"))
+    best = choice("attention.forward", q)
+    if best.variant != PLAIN and reason is not None:
+        return Choice(PLAIN, forward_tiles(q.shape[3], q.element_size()))
+    return best
+
+
 @torch.library.custom_op("unimm::attention", mutates_args=())
 def _attention(
     q: Tensor,
@@ -177,19 +166,27 @@ def _attention(
     causal: bool,
     window: int,
     scale: float,
+    variant: str,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, T, H, D) and log2 of the normaliser, float32 (B, H, T)."""
     q, k, v = adjacent(q, k, v)
-    batch, length, heads, head_dim = q.shape
+    batch, length, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    tiles = forward_tiles(head_dim, q.element_size())
+    modes = _modes(q, k, starts, causal, window)
+    variant, tiles = _forward_choice(variant, q, k, v, starts is not None, causal)
+    if variant in attention_tma.VARIANTS:
+        special = variant == "triton-ws"
+        attention_tma.launch(
+            q, k, v, out, lse, starts, scale * LOG2_E, window, modes, tiles, special
+        )
+        return out, lse
     grid = (triton.cdiv(length, tiles.queries), heads, batch)
     kernels.forward_kernel[grid](
         q, k, v, out, lse, lse if starts is None else starts, lse if ends is None else ends,
         scale * LOG2_E, window, length, k.shape[1], heads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        **_modes(q, k, starts, causal, window), BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
+        **modes, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out, lse
@@ -205,6 +202,7 @@ def _(
     causal: bool,
     window: int,
     scale: float,
+    variant: str,
 ) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float32)
@@ -226,7 +224,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, dense. Runs the queries' kernel first: it leaves delta."""
     grad, q, k, v, out = adjacent(grad, q, k, v, out)
-    batch, length, heads, head_dim = q.shape
+    batch, length, heads, _ = q.shape
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -235,14 +233,14 @@ def _attention_backward(
     numbers = (scale * LOG2_E, scale, window, length, k.shape[1], heads)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     modes = _modes(q, k, starts, causal, window)
-    tiles = query_gradient_tiles(head_dim, q.element_size())
+    tiles = choice("attention.query_gradient", q).tiles
     kernels.query_gradient_kernel[(triton.cdiv(length, tiles.queries), heads, batch)](
         q, k, v, out, grad, lse, delta, dq, *ranges, *numbers,
         *strides, *out.stride()[:3], *grad.stride()[:3],
         **modes, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    tiles = key_gradient_tiles(head_dim, q.element_size())
+    tiles = choice("attention.key_gradient", q).tiles
     kernels.key_gradient_kernel[(triton.cdiv(k.shape[1], tiles.keys), k.shape[2], batch)](
         q, k, v, grad, lse, delta, dk, dv, *ranges, *numbers, *strides, *grad.stride()[:3],
         **modes, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
@@ -257,7 +255,7 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, starts, ends, ctx.causal, ctx.window, ctx.scale = inputs
+    q, k, v, starts, ends, ctx.causal, ctx.window, ctx.scale, _ = inputs
     ctx.save_for_backward(q, k, v, *output, starts, ends)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -265,9 +263,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 8
+        return (None,) * 9
     grads = _attention_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.window, ctx.scale)
-    return (*grads, *(None,) * 5)
+    return (*grads, *(None,) * 6)
 
 
 _attention.register_autograd(_backward, setup_context=_setup)

@@ -91,6 +91,23 @@ def runs(low, high, full_low, full_high, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def query_tile(
+    tile, STARTS, ENDS, length, keys, window,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Queries of a tile, the keys that each sees, the bounds of its `runs`, and their end."""
+    one = tile * BLOCK_M
+    i = one + tl.arange(0, BLOCK_M)
+    last = tl.minimum(one + BLOCK_M, length) - 1
+    first, end = seen_keys(i, STARTS, ENDS, length, keys, window, CAUSAL, WINDOWED, PACKED)
+    low, full_high = seen_keys(one, STARTS, ENDS, length, keys, window, CAUSAL, WINDOWED, PACKED)
+    full_low, high = seen_keys(last, STARTS, ENDS, length, keys, window, CAUSAL, WINDOWED, PACKED)
+    begin, full_begin, full_end = runs(low, high, full_low, full_high, BLOCK_N)
+    return i, first, end, begin, full_begin, full_end, high
+
+
+@triton.jit
 def forward_tiles(
     acc, top, total, q, K, V, first, end, begin, stop, sks, svs, keys, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
@@ -134,15 +151,10 @@ def forward_kernel(
     Q += batch * sqb + head * sqh
     K += batch * skb + head // GROUP * skh
     V += batch * svb + head // GROUP * svh
-    STARTS += batch * length
-    ENDS += batch * length
-    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, end = seen_keys(i, STARTS, ENDS, length, keys, window, CAUSAL, WINDOWED, PACKED)
-    one = tile * BLOCK_M
-    last = tl.minimum(one + BLOCK_M, length) - 1
-    low, full_high = seen_keys(one, STARTS, ENDS, length, keys, window, CAUSAL, WINDOWED, PACKED)
-    full_low, high = seen_keys(last, STARTS, ENDS, length, keys, window, CAUSAL, WINDOWED, PACKED)
-    begin, full_begin, full_end = runs(low, high, full_low, full_high, BLOCK_N)
+    i, first, end, begin, full_begin, full_end, high = query_tile(
+        tile, STARTS + batch * length, ENDS + batch * length, length, keys, window,
+        CAUSAL, WINDOWED, PACKED, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
     q = load_rows(Q, i, sqt, length, D, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -207,15 +219,10 @@ def query_gradient_kernel(
     Q += batch * sqb + head * sqh
     K += batch * skb + head // GROUP * skh
     V += batch * svb + head // GROUP * svh
-    STARTS += batch * length
-    ENDS += batch * length
-    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, end = seen_keys(i, STARTS, ENDS, length, keys, window, CAUSAL, WINDOWED, PACKED)
-    one = tile * BLOCK_M
-    last = tl.minimum(one + BLOCK_M, length) - 1
-    low, full_high = seen_keys(one, STARTS, ENDS, length, keys, window, CAUSAL, WINDOWED, PACKED)
-    full_low, high = seen_keys(last, STARTS, ENDS, length, keys, window, CAUSAL, WINDOWED, PACKED)
-    begin, full_begin, full_end = runs(low, high, full_low, full_high, BLOCK_N)
+    i, first, end, begin, full_begin, full_end, high = query_tile(
+        tile, STARTS + batch * length, ENDS + batch * length, length, keys, window,
+        CAUSAL, WINDOWED, PACKED, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
     q = load_rows(Q, i, sqt, length, D, BLOCK_D, True)
     do = load_rows(DO + batch * sdb + head * sdh, i, sdt, length, D, BLOCK_D, True)

@@ -8,6 +8,8 @@ let the op files be imported, and asking for "triton" is an error.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -122,6 +124,35 @@ def programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 8
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Remembered:
+    """A function of a CPU tensor that keeps its last result, for the layers of a model.
+
+    They ask for the same of one tensor, one after the other. The result goes when the tensor does,
+    and is made again where the tensor was written to.
+    """
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+        self._last: tuple[weakref.ref[Tensor], tuple[Any, ...], Any] | None = None
+
+    def __call__(self, tensor: Tensor, *rest: Hashable) -> Any:
+        """`make(tensor, *rest)`."""
+        # On a device the result could belong to a CUDA graph; a compiled graph keeps its own.
+        if torch.compiler.is_compiling() or tensor.device.type != "cpu" or tensor.is_inference():
+            return self._make(tensor, *rest)
+        key = (tensor._version, *rest)
+        last = self._last
+        if last is not None and last[0]() is tensor and last[1] == key:
+            return last[2]
+        result = self._make(tensor, *rest)
+        self._last = (weakref.ref(tensor, self._forget), key, result)
+        return result
+
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+        if self._last is not None and self._last[0] is gone:
+            self._last = None
 
 
 def rows(x: Tensor) -> Tensor:

@@ -22,6 +22,10 @@ from unimm_kernels.backend import autocast, resolve, same_dtype, tl, triton
 # op may take; CPU: small, but enough rows that reading W again for each chunk costs little.
 LOGIT_BYTES = {"cuda": 192 << 20, "cpu": 64 << 20}
 
+# Logits whose softmax the torch version takes at once: 2 MiB of float32, which stay in the cache.
+# Measured on one core of an AMD EPYC (Zen 5), 4,096 rows of 1,536 in bfloat16: 5.9 ms so, 8.6 ms
+# all at once, 16.1 ms by logsumexp and exp.
+SOFTMAX_ELEMENTS = 2**19
 
 # Columns that one program of the Triton kernel holds at once.
 BLOCK = 4096
@@ -240,7 +244,9 @@ def _chunks(
                 WRITTEN=grad_hidden is not None, BLOCK=BLOCK, num_warps=8,
             )  # fmt: skip
         else:
-            nll[part], lse[part] = _softmax_gradient(logits, targets[part], share[part], z_loss)
+            nll[part], lse[part] = _softmax_gradient(
+                logits, targets[part], share[part], z_loss, grad_hidden is not None
+            )
         if grad_hidden is not None and grad_weight is not None:
             torch.mm(logits, weight, out=grad_hidden[part])
             grad_weight.addmm_(logits.T, hidden[part])
@@ -248,21 +254,29 @@ def _chunks(
 
 
 def _softmax_gradient(
-    logits: Tensor, targets: Tensor, share: Tensor, z_loss: float
+    logits: Tensor, targets: Tensor, share: Tensor, z_loss: float, written: bool
 ) -> tuple[Tensor, Tensor]:
-    """nll and lse (n,) in float32; `logits` (n, V) becomes the gradient of the loss by them.
+    """nll and lse (n,) in float32; if `written`, `logits` (n, V) becomes the loss's gradient by it.
 
     A target of a negative id has no place in the row: its nll is infinite.
     """
-    work = logits.float()
     inside = (targets >= 0) & (targets < logits.shape[1])
     place = targets.where(inside, 0)[:, None]
-    lse = work.logsumexp(1)
-    nll = lse - work.gather(1, place).squeeze(1).masked_fill(~inside, float("-inf"))
-    work.sub_(lse[:, None]).exp_().mul_((share * (1 + 2 * z_loss * lse))[:, None])
-    work.scatter_add_(1, place, -(share * inside)[:, None])
-    if work is not logits:
-        logits.copy_(work)
+    nll = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(nll)
+    step = max(1, SOFTMAX_ELEMENTS // logits.shape[1])
+    for start in range(0, logits.shape[0], step):
+        part = slice(start, start + step)
+        work = logits[part].float()
+        own = work.gather(1, place[part]).squeeze(1).masked_fill(~inside[part], float("-inf"))
+        # The largest weight is 1 / sum(exp(a - top)): softmax passes over the row once, in cache.
+        weights = work.softmax(1)
+        torch.sub(work.amax(1), weights.amax(1).log(), out=lse[part])
+        torch.sub(lse[part], own, out=nll[part])
+        if written:
+            weights.mul_((share[part] * (1 + 2 * z_loss * lse[part]))[:, None])
+            weights.scatter_add_(1, place[part], -(share[part] * inside[part])[:, None])
+            logits[part].copy_(weights)
     return nll, lse
 
 

@@ -23,6 +23,12 @@ if not torch.cuda.is_available():
     repair_interpreter()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a device first what the interpreter cannot show; of that, warp specialisation first."""
+    items.sort(key=lambda item: item.path.name != "test_gpu.py")
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,6 +12,7 @@ import pytest
 
 # What is compiled in every run; the whole matrix takes minutes and is marked slow.
 PART = {
+    "specialized-128-packed-window": {"tma_forward_kernel"},
     "attention-128-bf16-packed": {"forward_kernel", "query_gradient_kernel", "key_gradient_kernel"},
     "decode-128": {"split_kernel", "join_kernel"},
     "codes-8-fp32": {"search_kernel", "sums_kernel", "residual_kernel"},
@@ -40,8 +41,9 @@ def test_the_hot_kernels_on_hopper() -> None:
         assert {r["kernel"] for r in found if str(r["op"]).startswith(name)} == kernels
     assert [r for r in found if r["problems"]] == []
     for report in found:
-        if report["op"] == "attention-128-bf16-packed":
+        if str(report["op"]).startswith(("attention-128-bf16-packed", "specialized")):
             assert report["wgmma"], report
+        assert report["specialized"] == str(report["op"]).startswith("specialized")
 
 
 @pytest.mark.slow
@@ -55,10 +57,9 @@ def test_everything(arch: int) -> None:
 def test_the_limits_are_noticed() -> None:
     """A tile twice as large as what ships: more shared memory than any chip has, and spills."""
     code = """
-import importlib, torch
-from unimm_kernels import aot
-module = importlib.import_module("unimm_kernels.attention")
-module.forward_tiles = lambda *_: module.Tiles(128, 128, 4, 3)
+import torch
+from unimm_kernels import aot, tuning
+tuning.DEFAULTS["attention.forward"] = lambda *_: tuning.Tiles(128, 128, 4, 3)
 launch = aot.launches(aot._attention(256, torch.bfloat16))[0]
 print(aot.compiled("attention-256", launch, 90).problems)
 """

@@ -1,6 +1,5 @@
 """Attention against a float64 softmax with a mask built pair by pair from the contract."""
 
-from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unimm_kernels import attention
+from unimm_kernels import attention, attention_tma, tuning
 from unimm_kernels.testing import poisoned_memory, relative_error
 
 # Half precision: inputs are exact, so the error is that of rounded weights and gradients.
@@ -146,16 +145,122 @@ def test_masks_over_many_tiles(
     options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With tiles of 16 each row meets masked, unmasked and skipped tiles."""
-    # The package's name `attention` is the function; the module of that name is found here.
-    module = import_module("unimm_kernels.attention")
-    small = module.Tiles(16, 16, 4, 1)
-    for name in ("forward_tiles", "query_gradient_tiles", "key_gradient_tiles"):
-        monkeypatch.setattr(module, name, lambda *_: small)
+    for kernel in tuning.DEFAULTS:
+        monkeypatch.setitem(tuning.DEFAULTS, kernel, lambda *_: tuning.Tiles(16, 16, 4, 1))
     check((1, 63, 63, 2, 1, 16), torch.float32, device, "triton", **options)
 
 
-def test_full_attention_to_fewer_keys(device: str) -> None:
-    check((1, 123, 63, 2, 2, 64), torch.float32, device, "triton", causal=False)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        pytest.param((1, 1, 1, 1, 1, 64), {}, id="one-token"),
+        pytest.param((1, 257, 257, 2, 1, 32), {}, id="causal"),
+        pytest.param((1, 123, 257, 2, 1, 96), {}, id="more-keys"),
+        pytest.param((1, 123, 63, 2, 2, 80), {"causal": False}, id="full-D80"),
+        pytest.param((2, 123, 123, 2, 1, 128), {"window": 17}, id="window"),
+        pytest.param((2, 257, 257, 2, 1, 16), {"segment_ids": documents_of(2, 257)}, id="packed"),
+        pytest.param(
+            (2, 123, 123, 2, 1, 16),
+            {"segment_ids": documents_of(2, 123), "window": 17},
+            id="packed-window",
+        ),
+        pytest.param((1, 63, 63, 1, 1, 256), {}, id="D256"),
+    ],
+)
+def test_tiles_by_descriptor(
+    shape: tuple[int, int, int, int, int, int],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    check(shape, dtype, device, "triton-ws", **options)
+
+
+def test_a_document_for_each_token_by_descriptor(device: str) -> None:
+    """All bits of all words are set."""
+    ids = torch.arange(130).expand(1, 130)
+    check((1, 130, 130, 1, 1, 16), torch.bfloat16, device, "triton-tma", segment_ids=ids)
+
+
+def test_words_of_boundaries() -> None:
+    starts = torch.tensor([[0, 0, 2] + [3] * 12 + [15, 16] + [16] * 3])
+    words = attention_tma.boundary_words(starts.int())
+    assert words.tolist() == [[1 + 4 + 8 + 2**15, 1]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.float32}, "needs half precision, these tensors are torch.float32"),
+        ({"causal": False, "packed": True}, "packed documents under a causal mask alone"),
+        ({"dim": 20}, "needs q and its strides in multiples of 16 bytes"),
+    ],
+)
+def test_what_the_descriptors_cannot_take(
+    options: dict[str, Any], message: str, device: str
+) -> None:
+    dtype = options.get("dtype", torch.bfloat16)
+    q = torch.zeros(1, 32, 1, options.get("dim", 16), device=device, dtype=dtype)
+    ids = torch.zeros(1, 32, device=device) if options.get("packed") else None
+    causal = options.get("causal", True)
+    with pytest.raises(ValueError, match=message):
+        attention(q, q, q, causal=causal, segment_ids=ids, implementation="triton-ws")
+
+
+def test_measured_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table decides for the device that it names, and for shapes in it; nothing else."""
+    best = {"variant": "triton-ws", "tiles": [128, 64, 4, 2]}
+    content = {"NVIDIA H200": {"attention.forward": {"64-bfloat16": best}}}
+    monkeypatch.setattr(tuning, "table", lambda: content)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    plain = tuning.Choice("triton-tl", tuning.forward_tiles(64, 2))
+
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+
+    q = torch.zeros(1, 32, 1, 64, dtype=torch.bfloat16)
+    assert tuning.choice("attention.forward", q) == plain
+    q = q.as_subclass(OnDevice)
+    assert tuning.choice("attention.forward", q) == ("triton-ws", (128, 64, 4, 2))
+    assert tuning.choice("attention.query_gradient", q).variant == "triton-tl"
+    assert tuning.choice("attention.forward", q.half()).variant == "triton-tl"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    assert tuning.choice("attention.forward", q) == plain
+
+
+def test_the_shipped_table_names_what_exists() -> None:
+    for kernels in tuning.table().values():
+        for kernel, shapes in kernels.items():
+            assert kernel in tuning.DEFAULTS
+            for found in shapes.values():
+                assert found["variant"] in (tuning.PLAIN, *attention_tma.VARIANTS)
+                assert len(found["tiles"]) == 4
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_masks_over_many_tiles_on_a_cpu(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of 16 queries, the rows of the batch one after the other."""
+    monkeypatch.setattr("unimm_kernels.attention_tiles.QUERIES", 16)
+    monkeypatch.setattr("unimm_kernels.attention_tiles.SCORES", 16 * 123)
+    check((2, 123, 123, 4, 2, 16), torch.float32, "cpu", "torch", **options)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_full_attention_to_fewer_keys(implementation: str, device: str) -> None:
+    check((1, 123, 63, 2, 2, 64), torch.float32, device, implementation, causal=False)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 16), (2, 0, 2, 16)], ids=["no-rows", "no-tokens"])
+def test_nothing_to_attend_to(shape: tuple[int, ...]) -> None:
+    q = torch.zeros(shape, requires_grad=True)
+    out = attention(q, q, q)
+    out.sum().backward()
+    assert out.shape == shape
+    assert q.grad is not None
+    assert q.grad.shape == shape
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
@@ -199,12 +304,13 @@ def test_autocast(implementation: str, device: str) -> None:
     assert q.grad.dtype == torch.float32
 
 
-def test_compiles_to_one_node(device: str) -> None:
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_compiles_to_one_node(implementation: str, device: str) -> None:
     (q, k, v), grad = inputs((1, 63, 63, 2, 1, 16), torch.float32, device)
     ids = documents_of(1, 63).to(device)
 
     def double(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q * 2, k, v, segment_ids=ids, implementation="triton") + 1
+        return attention(q * 2, k, v, segment_ids=ids, implementation=implementation) + 1
 
     compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
     for a, b in zip(
@@ -220,8 +326,11 @@ def test_opcheck(device: str) -> None:
     starts = torch.zeros(1, 17, dtype=torch.int32, device=device)
     ends = torch.full_like(starts, 17)
     op = torch.ops.unimm.attention.default
-    torch.library.opcheck(op, (q, k, v, None, None, True, 5, 0.25))
-    torch.library.opcheck(op, (q, k, v, starts, ends, False, 0, 0.25))
+    torch.library.opcheck(op, (q, k, v, None, None, True, 5, 0.25, "triton"))
+    torch.library.opcheck(op, (q, k, v, starts, ends, False, 0, 0.25, "triton"))
+    if device == "cpu":
+        op = torch.ops.unimm.attention_tiles.default
+        torch.library.opcheck(op, (q, k, v, starts, ends, True, 5, 0.25))
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
-from unimm_kernels.backend import resolve, rows
+from unimm_kernels.backend import Remembered, resolve, rows
 
 CPU = torch.zeros(2)
 
@@ -59,3 +60,22 @@ assert not u.backend.HAS_TRITON
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "needs the package triton" in done.stdout
+
+
+def test_what_is_remembered_goes_with_its_tensor() -> None:
+    made = []
+
+    def double(x: torch.Tensor, times: int) -> torch.Tensor:
+        made.append(times)
+        return x * times
+
+    remembered = Remembered(double)
+    x = torch.ones(3)
+    first = remembered(x, 2)
+    assert remembered(x, 2) is first
+    assert remembered(x, 3) is not first
+    assert remembered(torch.ones(3), 3) is not first
+    result = weakref.ref(remembered(x, 2))
+    del x, first
+    assert result() is None
+    assert made == [2, 3, 3, 2]

@@ -74,15 +74,17 @@ def test_opcheck_and_compile(device: str) -> None:
     torch.library.opcheck(op, (x, weight, None, 1e-6))
     torch.library.opcheck(op, (x, weight, residual, 1e-6))
 
-    def step(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-        y, total = rms_norm(x * 2, weight, residual=residual, implementation="triton")
-        return (y * total).sum() + rms_norm(y, weight, implementation="triton").sum()
+    for name in ("torch", "triton"):
 
-    leaves = (x, residual, weight)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(*leaves), leaves)
-    for a, b in zip(got, torch.autograd.grad(step(*leaves), leaves), strict=True):
-        assert relative_error(a, b) < 1e-6
+        def step(x: Tensor, residual: Tensor, weight: Tensor, name: str = name) -> Tensor:
+            y, total = rms_norm(x * 2, weight, residual=residual, implementation=name)
+            return (y * total).sum() + rms_norm(y, weight, implementation=name).sum()
+
+        leaves = (x, residual, weight)
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        got = torch.autograd.grad(compiled(*leaves), leaves)
+        for a, b in zip(got, torch.autograd.grad(step(*leaves), leaves), strict=True):
+            assert relative_error(a, b) < 1e-6
 
 
 def test_errors() -> None:

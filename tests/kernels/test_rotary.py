@@ -1,6 +1,7 @@
 """Rotary embedding against complex multiplication in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -134,17 +135,64 @@ def test_opcheck_and_compile(device: str) -> None:
     torch.library.opcheck(torch.ops.unimm.rotary.default, (x, positions, bases, False))
     torch.library.opcheck(torch.ops.unimm.norm_rotary.default, (x, weight, positions, bases, 1e-6))
 
-    def both(x: Tensor, weight: Tensor) -> Tensor:
-        q, k = qk_norm_rotary(
-            x, x * 2, weight, weight, positions, bases=BASES, implementation="triton"
-        )
-        return rotary(q + k, positions, bases=BASES, implementation="triton").sum()
+    torch.library.opcheck(
+        torch.ops.unimm.norm_rotary_.default,
+        (x.detach().clone(), weight.detach(), positions, bases, 1e-6),
+    )
+    for name in ("torch", "triton"):
 
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(x, weight), (x, weight))
-    want = torch.autograd.grad(both(x, weight), (x, weight))
+        def both(x: Tensor, weight: Tensor, name: str = name) -> Tensor:
+            q, k = qk_norm_rotary(
+                x, x * 2, weight, weight, positions, bases=BASES, implementation=name
+            )
+            return rotary(q + k, positions, bases=BASES, implementation=name).sum()
+
+        compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+        got = torch.autograd.grad(compiled(x, weight), (x, weight))
+        want = torch.autograd.grad(both(x, weight), (x, weight))
+        for a, b in zip(got, want, strict=True):
+            assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["heads-of-a-wider-tensor", "channels-apart"])
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_in_place(layout: str, implementation: str, device: str) -> None:
+    q, k = (heads_of((2, 17, n, 80), torch.float32, device).detach() for n in (3, 1))
+    if layout == "channels-apart":
+        q, k = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k))
+    w = torch.randn(80, device=device)
+    positions = positions_of(3, 2, 17, device)
+    options: dict[str, Any] = {"bases": BASES, "implementation": implementation}
+    want = qk_norm_rotary(q, k, w, w, positions, **options)
+    turned_again = rotary(want[0], positions, **options)
+    got = qk_norm_rotary(q, k, w, w, positions, inplace=True, **options)
+    assert got[0] is q
+    assert got[1] is k
     for a, b in zip(got, want, strict=True):
-        assert relative_error(a, b) < 1e-6
+        assert torch.equal(a, b)
+    assert rotary(q, positions, inplace=True, **options) is q
+    assert torch.equal(q, turned_again)
+
+
+def test_in_place_where_a_gradient_is_recorded() -> None:
+    x = torch.zeros(1, 4, 2, 16, requires_grad=True)
+    with pytest.raises(ValueError, match="write over what the gradient needs"):
+        rotary(x, torch.zeros(3, 1, 4), bases=BASES, inplace=True)
+    with torch.no_grad():
+        assert rotary(x, torch.zeros(3, 1, 4), bases=BASES, inplace=True) is x
+
+
+def test_positions_that_are_written_to_turn_anew() -> None:
+    """The rotation of the last positions is remembered, for the layers of a model."""
+    x, positions = torch.randn(1, 4, 2, 16), torch.zeros(3, 1, 4)
+    assert torch.equal(rotary(x, positions, bases=BASES), x)
+    positions += 3
+    moved = rotary(x, positions, bases=BASES)
+    assert not torch.equal(moved, x)
+    assert torch.equal(moved, rotary(x, positions.clone(), bases=BASES))
+    assert not torch.equal(moved, rotary(x, positions, bases=(5.0, 5.0, 5.0)))
+    with torch.inference_mode():
+        assert torch.equal(moved, rotary(x, positions.clone(), bases=BASES))
 
 
 def test_errors() -> None:
