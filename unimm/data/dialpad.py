@@ -37,8 +37,8 @@ SAMPLE_RATE = 8000
 FRAMES = 9
 # GIF stores frame times in units of 10 ms, so 10 frames a second is exact and 8 would not be.
 FPS = 10.0
-# Pixels per frame: the digit crosses 16 of 32 pixels.
-_STEPS = {"left": (-2, 0), "right": (2, 0), "up": (0, -2), "down": (0, 2)}
+# Pixels per frame: the digit crosses 8 of 32 pixels, which leaves room for one of half the frame.
+_STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -109,7 +109,7 @@ class NetworkJudge:
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`, each moved into place whole."""
         facts = {"judge": self.kind, **asdict(self.network.config)}
-        save_model(folder, facts, self.network.state_dict())
+        save_model(folder, facts, self.network.state_dict(), torch.float16)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -436,7 +436,8 @@ def _train(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-    return network.eval()
+    # Judges are kept in half precision: what is measured is what a reader loads.
+    return network.half().float().eval()
 
 
 def _foreground(video: Video) -> Tensor:
