@@ -25,9 +25,15 @@ from unimm_tokenizers.vision import VisionCodec, VisionConfig
 SMALL: dict[str, Any] = {"channels": 8, "latent_channels": 8}
 CODECS: dict[str, tuple[type[Codec], Any]] = {
     "pictures": (VisionCodec, VisionConfig(**SMALL, multipliers=(1, 2), codebook_size=32)),
-    "grey": (VisionCodec, VisionConfig(**SMALL, multipliers=(1,), num_channels=1)),
+    "grey": (
+        VisionCodec,
+        VisionConfig(**SMALL, multipliers=(1,), num_channels=1, codebook_size=256),
+    ),
     "fsq": (VisionCodec, VisionConfig(**SMALL, multipliers=(1, 1), fsq_levels=(4, 3))),
-    "film": (VisionCodec, VisionConfig(**SMALL, multipliers=(1, 2), time_downsample=4)),
+    "film": (
+        VisionCodec,
+        VisionConfig(**SMALL, multipliers=(1, 2), time_downsample=4, codebook_size=128),
+    ),
     "soundstream": (
         SoundStreamCodec,
         SoundStreamConfig(
@@ -36,7 +42,14 @@ CODECS: dict[str, tuple[type[Codec], Any]] = {
     ),
     "stereo": (
         SoundStreamCodec,
-        SoundStreamConfig(**SMALL, num_channels=2, strides=(4,), dilations=(1,), num_codebooks=1),
+        SoundStreamConfig(
+            **SMALL,
+            num_channels=2,
+            strides=(4,),
+            dilations=(1,),
+            num_codebooks=1,
+            codebook_size=64,
+        ),
     ),
     "spectral": (
         SpectralCodec,
@@ -228,7 +241,7 @@ def test_statistics_stay_behind(codec: Codec, tmp_path: Path) -> None:
     again = Codec.from_pretrained(tmp_path)
     x = signal(codec, any_size(codec), batch=2)
     codes = again.encode(x)
-    state = {k: v.clone() for k, v in again.state_dict().items() if k.endswith("_codebook.embed")}
+    state = {k: v.clone() for k, v in again.state_dict().items() if k.endswith("codebooks.codes")}
     again.train()(x)
     for name, before in state.items():  # a decay of 0.97: one pass moves no code far
         step = (again.state_dict()[name] - before).norm(dim=-1)

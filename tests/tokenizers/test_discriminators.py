@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unimm_tokenizers.discriminators import PatchDiscriminator, SpectrumDiscriminator
+from unimm_tokenizers.discriminators import (
+    MotionDiscriminator,
+    PatchDiscriminator,
+    SpectrumDiscriminator,
+)
 from unimm_tokenizers.losses import discriminator_hinge
 
 
@@ -47,6 +51,7 @@ def test_spectrum_scores() -> None:
     [
         (PatchDiscriminator(3, channels=8), (8, 3, 16, 16)),
         (SpectrumDiscriminator(windows=(64,), channels=4), (8, 1, 400)),
+        (MotionDiscriminator(3, channels=8), (4, 3, 4, 16, 16)),
     ],
 )
 def test_it_learns_to_tell(scorer: nn.Module, size: tuple[int, ...]) -> None:
@@ -80,3 +85,15 @@ def test_scores_are_bounded_by_spectral_norm() -> None:
         if isinstance(layer, nn.Conv2d):
             norm = torch.linalg.matrix_norm(layer.weight.flatten(1), 2)
             assert float(norm.detach()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_motion_is_seen_and_stills_are_left_to_others() -> None:
+    scorer = MotionDiscriminator(3, channels=4).eval()
+    film = torch.randn(2, 3, 6, 16, 16)
+    assert scorer(film).shape == (2, 1, 4, 4, 4)
+    assert scorer.accepts(film)
+    assert not scorer.accepts(film[:, :, :2])
+    assert not scorer.accepts(film[:, :, 0])
+    backwards = scorer(film.flip(2)).flip(2)
+    assert not torch.allclose(backwards, scorer(film))
+    assert PatchDiscriminator(3).accepts(film[:, :, 0])

@@ -1,24 +1,31 @@
 """Losses are zero at equality, positive elsewhere, and pull the right way."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unimm_tokenizers import CodecOutput
 from unimm_tokenizers.losses import (
+    LeCam,
+    Lpips,
     MultiResolutionSTFT,
     Objective,
     PictureObjective,
     SpectrumObjective,
+    StructuralDistance,
     WaveformObjective,
     discriminator_hinge,
     generator_hinge,
+    pack_lpips,
+    r1_penalty,
 )
 from unimm_tokenizers.losses.objectives import total
 
 OBJECTIVES: dict[str, tuple[Objective, tuple[int, ...]]] = {
-    "picture": (PictureObjective(), (2, 3, 17, 12)),
-    "one pixel": (PictureObjective(), (2, 3, 1, 1)),
+    "picture": (PictureObjective(cosine=0.5), (2, 3, 17, 12)),
+    "one pixel": (PictureObjective(cosine=0.5), (2, 3, 1, 1)),
     "film": (PictureObjective(), (2, 3, 4, 9, 8)),
     "waveform": (WaveformObjective(), (2, 1, 1600)),
     "stereo": (WaveformObjective(windows=(64, 128)), (2, 2, 400)),
@@ -123,3 +130,128 @@ def test_hinge() -> None:
     assert float(discriminator_hinge(-sure, sure)) == 3
     assert float(generator_hinge(sure)) == -2
     assert discriminator_hinge(sure.half(), sure.half()).dtype == torch.float32
+
+
+def test_lecam_holds_scores_near_the_others_average() -> None:
+    """Equation 6 of the paper, with averages that follow slowly."""
+    regularizer = LeCam(decay=0.5)
+    real, fake = torch.full((4,), 3.0), torch.full((4,), -1.0)
+    for _ in range(30):
+        penalty = regularizer(real, fake)
+    torch.testing.assert_close(regularizer.real, torch.tensor(3.0))
+    torch.testing.assert_close(regularizer.fake, torch.tensor(-1.0))
+    torch.testing.assert_close(penalty, torch.tensor(2 * 4.0**2))
+    assert float(regularizer(torch.full((4,), -5.0), torch.full((4,), 5.0))) < 40
+    scores = torch.tensor([3.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(regularizer(scores, fake), scores)
+    assert float(gradient) > 0  # pulled down to the made ones
+
+
+def test_r1_is_the_squared_slope_at_real_signals() -> None:
+    score = nn.Linear(6, 1)
+    real = torch.randn(5, 1, 6)
+    penalty = r1_penalty(lambda x: score(x), real)
+    torch.testing.assert_close(penalty, 0.5 * score.weight.square().sum())
+    penalty.backward()
+    torch.testing.assert_close(score.weight.grad, score.weight.detach())
+
+
+# Perceptual distances
+
+
+@pytest.fixture(scope="module")
+def lpips_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A narrow VGG16 of random weights and heads, in the files of their authors, packed."""
+    folder = tmp_path_factory.mktemp("lpips")
+    generator = torch.Generator().manual_seed(0)
+    vgg: dict[str, Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    width = 3
+    for depth, places in enumerate(((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))):
+        for place in places:
+            shape = (4 + depth, width, 3, 3)
+            vgg[f"features.{place}.weight"] = torch.randn(shape, generator=generator) * 0.3
+            vgg[f"features.{place}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
+            width = shape[0]
+        head = torch.rand(1, width, 1, 1, generator=generator)
+        heads[f"lin{depth}.model.1.weight"] = head
+    torch.save({**vgg, "classifier.0.weight": torch.zeros(1)}, folder / "vgg16.pth")
+    torch.save(heads, folder / "vgg.pth")
+    out = folder / "lpips.safetensors"
+    return out, pack_lpips(folder / "vgg16.pth", folder / "vgg.pth", out)
+
+
+def test_lpips_reads_a_named_file(lpips_files: tuple[Path, str]) -> None:
+    path, digest = lpips_files
+    distance = Lpips(str(path), digest)
+    assert not distance.state_dict()  # checkpoints hold no copy of it
+    real = torch.rand(2, 3, 32, 24) * 2 - 1
+    made = (real + 0.1 * torch.randn_like(real)).requires_grad_()
+    far = real.flip(0)
+    assert float(distance(real, real)) == 0
+    near = distance(made, real)
+    assert 0 < float(near.detach()) < float(distance(far, real))
+    (gradient,) = torch.autograd.grad(near, made)
+    assert bool(gradient.isfinite().all())
+    assert float(gradient.abs().max()) > 0
+    assert float(distance(far[:, :1], real[:, :1])) > 0  # grey
+    objective = PictureObjective(perceptual=distance, perceptual_weight=0.5)
+    assert objective.note == "perceptual distance: LPIPS"
+    terms = objective(output_of(made.detach(), real))
+    torch.testing.assert_close(terms["perceptual"], 0.5 * near.detach())
+    assert "none learned" in PictureObjective().note
+
+
+def test_lpips_is_what_its_authors_compute(lpips_files: tuple[Path, str]) -> None:
+    """Written out plainly: unit features, squared differences, heads, mean over positions."""
+    path, digest = lpips_files
+    distance = Lpips(str(path), digest)
+    folder = path.parent
+    vgg, heads = (torch.load(folder / name, weights_only=True) for name in ("vgg16.pth", "vgg.pth"))
+    layers: list[nn.Module] = []
+    for place in range(30):
+        weight = vgg.get(f"features.{place}.weight")
+        if weight is not None:
+            layer = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
+            layer.load_state_dict({k: vgg[f"features.{place}.{k}"] for k in ("weight", "bias")})
+            layers.append(layer)
+        else:
+            layers.append(nn.MaxPool2d(2) if place in (4, 9, 16, 23) else nn.ReLU())
+    x, y = (torch.rand(2, 3, 32, 32) * 2 - 1 for _ in range(2))
+    shift, scale = (
+        torch.tensor(v).view(3, 1, 1) for v in ([-0.03, -0.088, -0.188], [0.458, 0.448, 0.45])
+    )
+    a, b, expected, depth = (x - shift) / scale, (y - shift) / scale, torch.zeros(2), 0
+    for place, layer in enumerate(layers):
+        a, b = layer(a), layer(b)
+        if place in (3, 8, 15, 22, 29):
+            units = [v / (v.square().sum(1, keepdim=True).sqrt() + 1e-10) for v in (a, b)]
+            head = heads[f"lin{depth}.model.1.weight"]
+            expected = expected + nn.functional.conv2d((units[0] - units[1]).square(), head).mean(
+                (1, 2, 3)
+            )
+            depth += 1
+    torch.testing.assert_close(distance(x, y), expected.mean())
+
+
+def test_bad_lpips_files_are_named(lpips_files: tuple[Path, str], tmp_path: Path) -> None:
+    path, digest = lpips_files
+    with pytest.raises(ValueError, match=f"{path}: sha256 is {digest}, expected 00"):
+        Lpips(str(path), "00")
+    with pytest.raises(ValueError, match="absent: no such file"):
+        Lpips(str(tmp_path / "absent"), digest)
+    torch.save({}, tmp_path / "empty.pth")
+    with pytest.raises(ValueError, match=r"empty.pth: tensor 'features.0.weight' is missing"):
+        pack_lpips(tmp_path / "empty.pth", path.parent / "vgg.pth", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"empty.pth: tensor 'lin0.model.1.weight' is missing"):
+        pack_lpips(path.parent / "vgg16.pth", tmp_path / "empty.pth", tmp_path / "out")
+
+
+def test_cosine_transforms_are_orthonormal_before_their_weights() -> None:
+    distance = StructuralDistance(cosine=1.0)
+    frequency = torch.arange(8.0)
+    weight = 1 / (1 + frequency[:, None] + frequency)
+    basis = (distance.kernels.view(8, 8, 64) / weight[..., None]).flatten(0, 1)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(64), rtol=0, atol=1e-5)
+    terms = distance(torch.rand(1, 3, 9, 5), torch.rand(1, 3, 9, 5))
+    assert terms.keys() == {"gradient", "cosine"}

@@ -38,3 +38,16 @@ def test_the_seed_alone_decides() -> None:
 def test_an_unknown_preset_lists_the_known() -> None:
     with pytest.raises(ValueError, match="'encodec' is unknown; presets are vision-tiny-f8, "):
         build_codec("encodec")
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if "m-f" in name])
+def test_names_say_size_and_reduction(name: str) -> None:
+    """`vision-20m-f16`: about 20 million parameters, 16 pixels per code."""
+    _, millions, reduction, *video = name.split("-")
+    with torch.device("meta"):
+        codec = build_codec(name)
+    count = sum(p.numel() for p in codec.parameters()) / 1e6
+    assert 0.8 < count / float(millions[:-1]) < 1.25
+    assert codec.downsample[-2:] == (int(reduction[1:]),) * 2
+    assert ("video" in codec.modalities) == (video == ["video"])
+    assert codec.codebook_size == 16384

@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from unimm_tokenizers.quantize import FiniteScalarQuantizer, Quantizer, ResidualVectorQuantizer
-from unimm_tokenizers.quantize.base import code_usage
+from unimm_tokenizers.quantize import (
+    BinaryQuantizer,
+    FiniteScalarQuantizer,
+    IndexBackpropagationQuantizer,
+    Quantizer,
+    ResidualVectorQuantizer,
+    SimVectorQuantizer,
+    UsageCounter,
+    code_usage,
+)
 
 DIM = 6
 
@@ -19,19 +27,31 @@ def quantizers() -> dict[str, Quantizer]:
         "cosine": ResidualVectorQuantizer(DIM, 16, codebook_dim=4, cosine=True),
         "projected": ResidualVectorQuantizer(DIM, 16, num_codebooks=2, codebook_dim=4),
         "finite": FiniteScalarQuantizer(DIM, (4, 3, 5)),
+        "simvq": SimVectorQuantizer(DIM, 16),
+        "simvq projected": SimVectorQuantizer(DIM, 16, 4),
+        "lookup-free": BinaryQuantizer(DIM, 4),
+        "spherical": BinaryQuantizer(DIM, 6, spherical=True),
+        "index": IndexBackpropagationQuantizer(DIM, 16),
+        "index projected": IndexBackpropagationQuantizer(DIM, 16, 4),
     }
 
 
 @pytest.fixture(params=quantizers())
 def quantizer(request: pytest.FixtureRequest) -> Quantizer:
+    """One that has started: k-means has had enough vectors."""
+    started = quantizers()[request.param].train()
+    started(torch.randn(4, DIM, 30))
+    return started
+
+
+@pytest.fixture(params=quantizers())
+def fresh(request: pytest.FixtureRequest) -> Quantizer:
     return quantizers()[request.param]
 
 
 def codebooks_of(quantizer: ResidualVectorQuantizer) -> Tensor:
     """(K, codebook_size, dim)."""
-    books = quantizer.vq.codebooks
-    assert isinstance(books, Tensor)
-    return books.clone()
+    return quantizer.codebooks.codes.clone()
 
 
 def state_of(quantizer: Quantizer) -> dict[str, Tensor]:
@@ -125,7 +145,7 @@ def test_the_first_training_batch_starts_the_codebooks(name: str) -> None:
     quantizer.eval()(latents.T[None])
     before = state_of(quantizer)
     quantized, codes, _ = quantizer.train()(latents.T[None])
-    assert {n for n in changed(quantizer, before) if n.endswith("embed")}
+    assert "codebooks.codes" in changed(quantizer, before)
     groups = codes[0, 0].view(25, 4).T
     assert len({frozenset(group.tolist()) for group in groups}) == 4
     assert all(
@@ -144,13 +164,14 @@ def test_the_start_is_remembered() -> None:
     first(torch.randn(2, DIM, 100))
     second = ResidualVectorQuantizer(DIM, 16).train()
     second.load_state_dict(first.state_dict())
-    second(100 + torch.randn(1, DIM, 4))
+    second(100 + torch.randn(1, DIM, 40))
     moved = (codebooks_of(second) - codebooks_of(first)).norm(dim=-1)
     assert int((moved > 50).sum()) < 16  # k-means would have put every code among the four
 
 
-def test_warming_up_passes_latents_through(quantizer: Quantizer) -> None:
+def test_warming_up_passes_latents_through(fresh: Quantizer) -> None:
     """No code and no loss, in training alone; the codebooks start when it is over."""
+    quantizer = fresh
     quantizer.train().warming_up = True
     before = state_of(quantizer)
     latents = torch.randn(2, DIM, 40)
@@ -181,14 +202,15 @@ def test_restarted_statistics_keep_the_codes() -> None:
 
 
 def test_gradients_go_straight_through() -> None:
-    """Once for every level: each one's residual leads back to the latents."""
+    """Once, whatever the number of levels."""
     for levels in (1, 3):
         quantizer = ResidualVectorQuantizer(DIM, 16, num_codebooks=levels)
-        latents = torch.randn(2, DIM, 9, requires_grad=True)
+        latents = torch.randn(2, DIM, 20, requires_grad=True)
         output = quantizer.train()(latents)
+        assert int(output.codes.min()) >= 0
         weights = torch.randn_like(latents)
         (gradient,) = torch.autograd.grad((output.quantized * weights).sum(), latents)
-        torch.testing.assert_close(gradient, levels * weights)
+        torch.testing.assert_close(gradient, weights)
 
 
 def test_gradients_reach_latents_through_any(quantizer: Quantizer) -> None:
@@ -219,13 +241,40 @@ def test_search_runs_in_float32_under_autocast(quantizer: Quantizer) -> None:
     assert cast.quantized.dtype == torch.float32
 
 
-def test_dropout_leaves_out_fine_levels_in_training_alone() -> None:
+def test_dropout_gives_each_row_its_own_levels_in_training_alone() -> None:
     quantizer = ResidualVectorQuantizer(DIM, 16, num_codebooks=4, dropout=True).train()
-    latents = torch.randn(2, DIM, 40)
-    counts = {int((quantizer(latents).codes[0, :, 0] >= 0).sum()) for _ in range(30)}
-    assert counts <= {1, 2, 3, 4}
-    assert len(counts) > 1
-    assert int(quantizer.eval()(latents).codes.min()) >= 0
+    quantizer(torch.randn(4, DIM, 30))
+    output = quantizer(torch.randn(30, DIM, 4))
+    levels = (output.codes[:, :, 0] >= 0).sum(1)
+    assert set(levels.tolist()) == {1, 2, 3, 4}
+    for row, count in enumerate(levels.tolist()):
+        assert bool((output.codes[row, :count] >= 0).all())
+        assert bool((output.codes[row, count:] == -1).all())
+    assert int(quantizer.eval()(torch.randn(30, DIM, 4)).codes.min()) >= 0
+
+
+@torch.no_grad()
+def test_levels_left_out_add_nothing() -> None:
+    quantizer = ResidualVectorQuantizer(DIM, 16, num_codebooks=3).eval()
+    codes = quantizer(torch.randn(2, DIM, 5)).codes
+    coarse = codes.clone()
+    coarse[:, 1:] = -1
+    first = quantizer.codebooks.codes[0][codes[:, 0]].transpose(1, 2)
+    torch.testing.assert_close(quantizer.lookup(coarse), first)
+
+
+def test_each_level_pulls_the_latents() -> None:
+    """The commitment of every level has a gradient: in EnCodec's first version only the first's."""
+    quantizer = ResidualVectorQuantizer(DIM, 16, num_codebooks=2).train()
+    quantizer(torch.randn(4, DIM, 30))
+    latents = torch.randn(1, DIM, 20, requires_grad=True)
+    output = quantizer.eval()(latents)
+    (gradient,) = torch.autograd.grad(output.loss, latents)
+    rows = latents.detach()[0].T
+    first = quantizer.codebooks.codes[0][output.codes[0, 0]]
+    both = first + quantizer.codebooks.codes[1][output.codes[0, 1]]
+    expected = 0.25 * 2 * ((rows - first) + (rows - both)) / rows.numel()
+    torch.testing.assert_close(gradient[0].T, expected)
 
 
 # Finite scalars
@@ -271,3 +320,127 @@ def test_padding_counts_for_nothing() -> None:
     assert code_usage(codes, 4).entropy.tolist() == pytest.approx([1.0])
     empty = code_usage(torch.full((1, 1, 3), -1), 4)
     assert [float(figure) for figure in empty] == pytest.approx([0.0, 1.0, 0.0])
+
+
+def test_a_counter_adds_up_batches() -> None:
+    counter = UsageCounter(2, 8)
+    batches = [torch.randint(8, (3, 2, 5)) for _ in range(4)]
+    batches[0][0, 0, 0] = -1
+    for batch in batches:
+        counter.update(batch)
+    expected = code_usage(torch.cat(batches), 8)
+    for found, figure in zip(counter.finish(), expected, strict=True):
+        torch.testing.assert_close(found, figure)
+    assert counter.finish().usage.tolist() == [0, 0]
+    assert not counter.state_dict()
+
+
+# Sign codes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spherical", [False, True])
+def test_signs_are_the_nearest_codes(spherical: bool) -> None:
+    quantizer = BinaryQuantizer(5, 5, spherical=spherical).eval()
+    values = quantizer.lookup(torch.arange(32)[None, None])[0].T
+    assert len(values.unique(dim=0)) == 32
+    latents = torch.randn(1, 5, 50)
+    nearest = torch.cdist(latents[0].T, values).argmin(1)
+    assert torch.equal(quantizer(latents).codes[0, 0], nearest)
+    if spherical:
+        torch.testing.assert_close(values.norm(dim=1), torch.ones(32))
+
+
+@torch.no_grad()
+def test_the_penalty_is_that_of_the_softmax_over_all_codes() -> None:
+    """Channel by channel, against the 2^bits-sized softmax; of the mean choice an upper bound."""
+    for spherical in (False, True):
+        quantizer = BinaryQuantizer(4, 4, spherical=spherical, entropy=1.0, temperature=0.7)
+        rows = torch.randn(1, 20, 4, dtype=torch.float64)
+        values = quantizer.lookup(torch.arange(16)[None, None])[0].T.double()
+        soft = (2 * rows[0] @ values.T / 0.7).softmax(-1)
+        own = -(soft * soft.log()).sum(-1).mean()
+        mean = soft.mean(0)
+        spread = -(mean * mean.log()).sum()
+        penalty = quantizer._penalty(rows)
+        shares = soft @ (values > 0).double()
+        bound = torch.special.entr(torch.stack([shares.mean(0), 1 - shares.mean(0)])).sum()
+        torch.testing.assert_close(penalty, own - bound, rtol=1e-4, atol=1e-6)
+        assert float(bound) >= float(spread) - 1e-9
+
+
+def test_bits_are_checked() -> None:
+    for bits in (0, 25):
+        with pytest.raises(ValueError, match="binary codes need 1 to 24 bits"):
+            BinaryQuantizer(4, bits)
+
+
+# Index backpropagation
+
+
+def test_every_code_gets_a_gradient() -> None:
+    quantizer = IndexBackpropagationQuantizer(DIM, 64).train()
+    output = quantizer(torch.randn(2, DIM, 10))
+    output.quantized.square().sum().backward()
+    assert quantizer.codebook.grad is not None
+    assert bool((quantizer.codebook.grad.abs().sum(1) > 0).all())
+
+
+def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that go through in parts give the loss and gradients of all at once."""
+    quantizer = IndexBackpropagationQuantizer(DIM, 16).train()
+    latents = torch.randn(2, DIM, 25, requires_grad=True)
+    found = []
+    for scores in (2**24, 16 * 7):
+        monkeypatch.setattr("unimm_tokenizers.quantize.index.PART_SCORES", scores)
+        output = quantizer(latents)
+        loss = output.quantized.square().sum() + output.loss
+        found.append([loss, *torch.autograd.grad(loss, [latents, quantizer.codebook])])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole)
+
+
+@torch.no_grad()
+def test_indices_are_the_same_in_training_and_after() -> None:
+    quantizer = IndexBackpropagationQuantizer(DIM, 64)
+    latents = torch.randn(2, DIM, 40)
+    trained = quantizer.train()(latents).codes
+    assert torch.equal(quantizer.eval()(latents).codes, trained)
+    scores = torch.einsum("bdn,kd->bnk", latents, quantizer.codebook)
+    assert torch.equal(scores.argmax(-1), trained[:, 0])
+
+
+# SimVQ
+
+
+def test_the_map_moves_every_code_and_the_codebook_stays() -> None:
+    quantizer = SimVectorQuantizer(DIM, 32).train()
+    before = quantizer.lookup(torch.arange(32)[None, None])[0].T.detach()
+    frozen = quantizer.frozen.clone()
+    optimizer = torch.optim.SGD(quantizer.parameters(), 0.1)
+    quantizer(torch.randn(2, DIM, 3)).loss.backward()
+    optimizer.step()
+    moved = quantizer.lookup(torch.arange(32)[None, None])[0].T.detach() - before
+    assert bool((moved.norm(dim=1) > 0).all())
+    assert torch.equal(quantizer.frozen, frozen)
+
+
+# Any of them
+
+
+def test_a_few_steps_bring_codes_and_latents_together(quantizer: Quantizer) -> None:
+    """An encoder of one layer learns to say what its codes can hold."""
+    torch.manual_seed(0)
+    encoder, decoder = torch.nn.Conv1d(3, DIM, 1), torch.nn.Conv1d(DIM, 3, 1)
+    parameters = [*encoder.parameters(), *decoder.parameters(), *quantizer.parameters()]
+    optimizer = torch.optim.Adam(parameters, 1e-2)
+    errors = []
+    for _ in range(80):
+        x = torch.randn(4, 3, 64)
+        output = quantizer.train()(encoder(x))
+        error = (decoder(output.quantized) - x).square().mean()
+        optimizer.zero_grad()
+        (error + output.loss).backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert sum(errors[-10:]) < 0.8 * sum(errors[:10])

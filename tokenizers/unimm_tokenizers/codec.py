@@ -7,8 +7,10 @@ Every codec is a module with a frozen config dataclass, registered under a short
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from html import escape
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -17,7 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from unimm_tokenizers.quantize import Quantizer
-from unimm_tokenizers.storage import CONFIG_FILE, load_weights, read_json, save_model
+from unimm_tokenizers.storage import (
+    CONFIG_FILE,
+    load_weights,
+    read_json,
+    save_model,
+)
 
 PADDING_CODE = -1  # fills grids that vary within a batch (semantic codecs)
 
@@ -78,6 +85,27 @@ class Codec(nn.Module, ABC):
         """Samples per second of the sound that the codec takes; None for pictures."""
         return getattr(self.config, "sample_rate", None)
 
+    def facts(self) -> dict[str, str]:
+        """What the codec is, in words."""
+        rate = "" if self.sample_rate is None else f", {self.sample_rate} Hz"
+        return {
+            "modalities": ", ".join(self.modalities) + rate,
+            "codes": f"{self.num_codebooks} x {self.codebook_size:,}",
+            "downsample": " x ".join(map(str, self.downsample)),
+            "parameters": f"{sum(p.numel() for p in self.parameters()):,}",
+        }
+
+    def __repr__(self) -> str:
+        facts = "; ".join(f"{name} {value}" for name, value in self.facts().items())
+        return f"{type(self).__name__}({facts})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>"
+            for name, value in self.facts().items()
+        )
+        return f"<b>{escape(self.name)}</b> codec<table>{rows}</table>"
+
     @property
     @abstractmethod
     def downsample(self) -> tuple[int, ...]:
@@ -116,12 +144,14 @@ class Codec(nn.Module, ABC):
             raise ValueError(f"{self.name}: expected a signal {expected}, got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"{self.name}: expected a float signal in [-1, 1], got {x.dtype}")
-        if x.numel() and not bool(x.isfinite().all()):
-            raise ValueError(f"{self.name}: the signal holds NaN or infinite values")
-        if x.numel() and float(x.abs().max()) > 1.001:
-            raise ValueError(
-                f"{self.name}: expected values in [-1, 1], found up to {float(x.abs().max()):.3g}"
-            )
+        if x.numel():
+            low, high = (float(end) for end in x.aminmax())  # without copies of a large picture
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(f"{self.name}: the signal holds NaN or infinite values")
+            if max(-low, high) > 1.001:
+                raise ValueError(
+                    f"{self.name}: expected values in [-1, 1], found up to {max(-low, high):.3g}"
+                )
         return x.to(next(self.parameters()).dtype)
 
     def check_codes(self, codes: Tensor, axes: int) -> None:
@@ -168,9 +198,18 @@ class Codec(nn.Module, ABC):
         codec = codec_from_config(str(config.pop("codec", None)), config, str(folder))
         if not isinstance(codec, cls):
             raise ValueError(f"{folder}: holds a {codec.name!r} codec, not a {cls.name!r}")
-        load_weights(codec, folder, without=codec.quantizer.statistics)
+        load_weights(codec, folder, codec._upgraded)
         codec.quantizer.restart_statistics()
         return codec.eval()
+
+    def _upgraded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors under today's names; statistics that need not be stored are filled in."""
+        prefix = "quantizer."
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        rest = {k: v for k, v in state.items() if not k.startswith(prefix)}
+        kept = {k: v for k, v in self.state_dict().items() if k.endswith(self.quantizer.statistics)}
+        upgraded = {prefix + k: v for k, v in self.quantizer.upgraded(own).items()}
+        return {**kept, **rest, **upgraded}
 
 
 CodecClass = TypeVar("CodecClass", bound=type[Codec])

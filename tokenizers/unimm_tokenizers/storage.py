@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        # safetensors 0.8 puts a file of its own there that its owner alone may read (0600).
+        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -79,17 +83,20 @@ def save_model(
     `dtype` casts floating tensors (half size); one whose range it cannot hold stays as it is.
     """
     folder = Path(folder)
-    stored = {}
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu()
-        if dtype is not None and value.is_floating_point():
-            cast = value.to(dtype)
-            # Counts of a codebook's use reach above float16's 65,504 and would become infinite.
-            value = cast if bool((cast.isfinite() == value.isfinite()).all()) else value
-        stored[name] = value.contiguous().clone()  # safetensors refuses shared memory
+    stored = {name: as_stored(tensor, dtype) for name, tensor in tensors.items()}
     with replacing(folder / WEIGHTS_FILE) as temporary:
         save_file(stored, temporary)
     write_json(folder / CONFIG_FILE, config)
+
+
+def as_stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor as a file holds it: on the CPU, in memory of its own; see `save_model`."""
+    value = tensor.detach().cpu()
+    if dtype is not None and value.is_floating_point():
+        cast = value.to(dtype)
+        # Counts of a codebook's use reach above float16's 65,504 and would become infinite.
+        value = cast if bool((cast.isfinite() == value.isfinite()).all()) else value
+    return value.contiguous().clone()  # safetensors refuses shared memory
 
 
 def load_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -110,15 +117,22 @@ def load_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(
-    module: torch.nn.Module, folder: str | Path, without: tuple[str, ...] = ()
+    module: torch.nn.Module,
+    folder: str | Path,
+    upgraded: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
 ) -> None:
-    """Read `model.safetensors` into a module: every tensor of it but those ending in `without`.
+    """Read `model.safetensors` into a module: every tensor of it, and no other.
+
+    Args:
+        module: what they are for.
+        folder: where the file is.
+        upgraded: renames what older files hold, and adds what files leave out.
 
     Raises:
         ValueError: the file is missing or damaged, or does not fit the module.
     """
-    state = load_tensors(folder)
-    expected = {k: v for k, v in module.state_dict().items() if not k.endswith(without)}
+    state = upgraded(load_tensors(folder))
+    expected = module.state_dict()
     wrong = sorted(
         key
         for key in expected.keys() | state.keys()
@@ -126,4 +140,4 @@ def load_weights(
     )
     if wrong:
         raise ValueError(f"{folder}: weights do not fit the config, first at {wrong[0]!r}")
-    module.load_state_dict({**module.state_dict(), **state})
+    module.load_state_dict(state)

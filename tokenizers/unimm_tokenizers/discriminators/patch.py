@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from unimm_tokenizers.discriminators.base import Discriminator
 
-class PatchDiscriminator(nn.Module):
+
+class PatchDiscriminator(Discriminator):
     """Scores pictures (B, C, H, W), the frames of films (B, C, T, H, W), or spectra (B, bins, T).
 
     Args:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from unimm_tokenizers.discriminators.base import Discriminator
 from unimm_tokenizers.discriminators.patch import PatchDiscriminator
 
 
-class SpectrumDiscriminator(nn.Module):
+class SpectrumDiscriminator(Discriminator):
     """Scores waveforms (B, 1, T) by real and imaginary parts of their short-time spectra.
 
     Args:

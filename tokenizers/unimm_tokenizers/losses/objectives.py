@@ -9,11 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimm_tokenizers.codec import CodecOutput
+from unimm_tokenizers.losses.perceptual import Lpips, StructuralDistance
 from unimm_tokenizers.losses.spectral import MultiResolutionSTFT
 
 
 class Objective(nn.Module, ABC):
     """Terms of a reconstruction loss; the quantizer's own loss and the adversary come on top."""
+
+    @property
+    def note(self) -> str:
+        """What a reader of the training log must know of this objective."""
+        return ""
 
     @abstractmethod
     def forward(self, output: CodecOutput) -> dict[str, Tensor]:
@@ -21,41 +27,50 @@ class Objective(nn.Module, ABC):
 
 
 class PictureObjective(Objective):
-    """L1, L2 and multi-scale gradients of pictures or film.
-
-    The gradient term is a weight-free stand-in for a learned perceptual loss: it asks for edges in
-    the right place at four scales.
+    """L1 and L2 of pictures or film, and a perceptual distance.
 
     Args:
-        l1, l2, gradient: weights of the terms.
+        l1, l2: weights of the terms.
+        gradient, cosine: weights of the weight-free stand-in, `StructuralDistance`.
+        perceptual: LPIPS from a file; None leaves the stand-in alone.
+        perceptual_weight: its weight.
     """
 
-    def __init__(self, l1: float = 1.0, l2: float = 1.0, gradient: float = 0.5) -> None:
+    def __init__(
+        self,
+        l1: float = 1.0,
+        l2: float = 1.0,
+        gradient: float = 0.5,
+        cosine: float = 0.0,
+        perceptual: Lpips | None = None,
+        perceptual_weight: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.l1, self.l2, self.gradient = l1, l2, gradient
+        self.l1, self.l2 = l1, l2
+        self.structure = StructuralDistance(gradient, cosine)
+        self.perceptual = perceptual
+        self.perceptual_weight = perceptual_weight
+
+    @property
+    def note(self) -> str:
+        """See `Objective.note`."""
+        if self.perceptual is not None:
+            return "perceptual distance: LPIPS"
+        return "perceptual distance: none learned; gradients and cosine transforms stand in"
 
     def forward(self, output: CodecOutput) -> dict[str, Tensor]:
         """See `Objective.forward`."""
         made, real = output.reconstruction.float(), output.target.float()
         if made.ndim == 5:
             made, real = (x.transpose(1, 2).flatten(0, 1) for x in (made, real))
-        return {
+        terms = {
             "l1": self.l1 * F.l1_loss(made, real),
             "l2": self.l2 * F.mse_loss(made, real),
-            "gradient": self.gradient * _gradient_distance(made, real),
+            **self.structure(made, real),
         }
-
-
-def _gradient_distance(made: Tensor, real: Tensor, scales: int = 4) -> Tensor:
-    total = made.new_zeros(())
-    for _ in range(scales):
-        for axis in (2, 3):
-            if made.shape[axis] > 1:
-                total = total + F.l1_loss(made.diff(dim=axis), real.diff(dim=axis))
-        if min(made.shape[2:]) < 2:
-            break
-        made, real = F.avg_pool2d(made, 2), F.avg_pool2d(real, 2)
-    return total / scales
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual_weight * self.perceptual(made, real)
+        return terms
 
 
 class WaveformObjective(Objective):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -40,6 +41,10 @@ class Quantizer(nn.Module, ABC):
     def restart_statistics(self) -> None:
         """Set the statistics to what they would be had each code been used once."""
 
+    def upgraded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This quantizer's stored tensors under the names that they have today."""
+        return state
+
     def forward(self, latents: Tensor) -> Quantized:
         """Quantize, in float32 whatever the autocast type; updates codebooks while training."""
         if self.training and self.warming_up:
@@ -59,13 +64,16 @@ class Quantizer(nn.Module, ABC):
 
 def code_usage(codes: Tensor, codebook_size: int) -> CodeUsage:
     """Usage figures of codes (B, K, *grid); negative codes (padding) are left out."""
-    figures = []
-    for level in codes.movedim(1, 0):
-        used = level[level >= 0]
-        counts = torch.bincount(used.flatten(), minlength=codebook_size).double()
-        share = counts / counts.sum().clamp(min=1)
-        nats = -(share * share.clamp(min=1e-12).log()).sum()
-        usage = (counts > 0).double().mean()
-        figures.append(torch.stack([usage, nats.exp(), nats / torch.log(torch.tensor(2.0))]))
-    usage, perplexity, entropy = torch.stack(figures, dim=1).float()
-    return CodeUsage(usage, perplexity, entropy)
+    counts = [
+        torch.bincount(level[level >= 0].flatten(), minlength=codebook_size)
+        for level in codes.movedim(1, 0)
+    ]
+    return usage_of_counts(torch.stack(counts))
+
+
+def usage_of_counts(counts: Tensor) -> CodeUsage:
+    """Usage figures of how often each code was chosen: (K, codebook_size)."""
+    share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    nats = -(share * share.clamp(min=1e-12).log()).sum(1)
+    usage = (counts > 0).double().mean(1)
+    return CodeUsage(usage.float(), nats.exp().float(), (nats / math.log(2)).float())

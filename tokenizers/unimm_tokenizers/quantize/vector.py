@@ -1,24 +1,33 @@
-"""Residual vector quantization (K = 1: plain VQ), by `vector-quantize-pytorch`.
+"""Residual vector quantization (K = 1: plain VQ) with moving-average codebooks.
 
-EMA codebooks (van den Oord et al., arXiv 1711.00937, appendix A.1), k-means start and revival of
-dead codes (SoundStream, arXiv 2107.03312, section III.C). Search and update run in float32. The
-library passes the gradient straight through every level, so K levels give the encoder K times it.
+van den Oord et al. (arXiv 1711.00937) and SoundStream (arXiv 2107.03312, section III.C). Search and
+update run in float32 with memory O(N + K d): vector-quantize-pytorch builds an N x K one-hot and an
+N x K distance matrix. Each level's commitment loss reaches the latents, and the gradient of the
+quantized latents passes straight through once, whatever the number of levels.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import re
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from vector_quantize_pytorch import ResidualVQ
 
+from unimm_kernels import residual_nearest_code
 from unimm_tokenizers.quantize.base import Quantized, Quantizer
+from unimm_tokenizers.quantize.codebooks import MovingCodebooks
+from unimm_tokenizers.ranks import least_over_ranks, world_size
+
+COMMITMENT = 0.25
+POOL = 2  # vectors per code that k-means starts from
 
 
 class ResidualVectorQuantizer(Quantizer):
     """K codebooks, each on what the ones before it left over.
+
+    The first training batches pass through unquantized (codes -1, loss 0) until there are `POOL`
+    vectors per code, which k-means then starts from: one batch is too few for a large codebook.
 
     Args:
         dim: channels D of the latents.
@@ -26,10 +35,11 @@ class ResidualVectorQuantizer(Quantizer):
         num_codebooks: K.
         codebook_dim: channels in which codes live; None: D itself.
         cosine: compare on the unit sphere (LlamaGen's choice for pictures); K = 1 only.
-        dropout: while training, use a random number of levels (bitrate ladder).
+        dropout: while training, give each row of the batch a random number of levels (a ladder of
+            bitrates); levels that are left out have code -1.
     """
 
-    statistics = ("_codebook.cluster_size", "_codebook.embed_avg")
+    statistics = ("codebooks.counts", "codebooks.sums", "codebooks.idle")
 
     def __init__(
         self,
@@ -45,57 +55,98 @@ class ResidualVectorQuantizer(Quantizer):
             raise ValueError("cosine codes have unit length and cannot be added up: use K = 1")
         self.num_codebooks = num_codebooks
         self.codebook_size = codebook_size
+        self.dropout = dropout
+        self.cosine = cosine
+        width = codebook_dim or dim
+        self.project_in = nn.Linear(dim, width) if width != dim else nn.Identity()
+        self.project_out = nn.Linear(width, dim) if width != dim else nn.Identity()
+        self.codebooks = MovingCodebooks(num_codebooks, codebook_size, width, cosine=cosine)
         self.started: Tensor
-        self.vq = ResidualVQ(
-            dim=dim,
-            num_quantizers=num_codebooks,
-            codebook_size=codebook_size,
-            codebook_dim=codebook_dim,
-            quantize_dropout=dropout,
-            use_cosine_sim=cosine,
-            decay=0.97,
-            kmeans_init=True,
-            kmeans_iters=10,
-            # A higher threshold churns codes when a batch brings about one vector per code.
-            threshold_ema_dead_code=0.5,
-            commitment_weight=0.25,
-            rotation_trick=False,
-        )
-        # Random codes until training starts, so that an untrained codec has a full codebook; the
-        # first training batch then starts k-means (the library would also start it in eval mode).
         self.register_buffer("started", torch.tensor(False))
-        for codebook in self._codebooks:
-            start = torch.randn_like(codebook.embed)
-            codebook.embed.copy_(F.normalize(start, dim=-1) if cosine else start)
-            codebook.initted.fill_(True)
-
-    @property
-    def _codebooks(self) -> list[Any]:
-        """The library's codebook of each level."""
-        layers: Any = self.vq.layers
-        return [layer._codebook for layer in layers]
+        self._pool: list[Tensor] = []
 
     def restart_statistics(self) -> None:
         """See `Quantizer.restart_statistics`."""
-        for codebook in self._codebooks:
-            codebook.cluster_size.fill_(1.0)
-            codebook.embed_avg.copy_(codebook.embed)
+        self.codebooks.restart()
 
     def quantize(self, latents: Tensor) -> Quantized:
         """See `Quantizer.quantize`."""
-        if self.training and not self.started:
-            self.started.fill_(True)
-            for codebook in self._codebooks:
-                codebook.initted.fill_(False)
         grid = latents.shape[2:]
-        flat = latents.float().flatten(2).transpose(1, 2)
         with torch.autocast(latents.device.type, enabled=False):
-            quantized, codes, loss = self.vq(flat)[:3]
+            rows = self.project_in(latents.float().flatten(2).transpose(1, 2))
+            rows = F.normalize(rows, dim=-1) if self.cosine else rows
+            if self.training and not self.started and not self._gathered(rows.detach()):
+                shape = (len(latents), self.num_codebooks, *grid)
+                codes = torch.full(shape, -1, device=latents.device)
+                passed = self.project_out(rows).transpose(1, 2).unflatten(2, grid)
+                return Quantized(passed, codes, passed.new_zeros(()))
+            quantized, codes, loss = self._code(rows)
+            quantized = self.project_out(rows + (quantized - rows).detach())
         quantized = quantized.transpose(1, 2).unflatten(2, grid)
-        return Quantized(quantized, codes.transpose(1, 2).unflatten(2, grid), loss.sum())
+        return Quantized(quantized, codes.unflatten(2, grid), loss)
+
+    def _code(self, rows: Tensor) -> Quantized:
+        """(B, N, d) -> sum of codes (B, N, d), codes (B, K, N), loss."""
+        flat = rows.detach().flatten(0, 1)
+        metric = "cosine" if self.cosine else "euclidean"
+        codes = residual_nearest_code(flat, self.codebooks.codes, metric=metric)
+        codes = codes.T.unflatten(1, rows.shape[:2])  # (K, B, N)
+        # Codes as they are now: the update below moves them in place.
+        vectors = [book[level] for book, level in zip(self.codebooks.codes, codes, strict=True)]
+        levels = self._levels(rows)
+        total, loss = torch.zeros_like(rows), rows.new_zeros(())
+        for level, vector in enumerate(vectors):
+            residual = rows - total
+            used = (level < levels)[:, None, None]
+            loss = loss + COMMITMENT * (used * (residual - vector).square()).mean()
+            if self.training:
+                left = residual.detach().flatten(0, 1)
+                self.codebooks.update(level, left, codes[level].flatten())
+            total = total + vector
+        kept = torch.stack([v * (n < levels)[:, None, None] for n, v in enumerate(vectors)]).sum(0)
+        dropped = torch.arange(self.num_codebooks, device=rows.device)[:, None] >= levels
+        codes = codes.masked_fill(dropped[:, :, None], -1).transpose(0, 1)
+        return Quantized(kept, codes, loss)
+
+    def _levels(self, rows: Tensor) -> Tensor:
+        """Levels of each row of the batch: int64 (B,)."""
+        if self.training and self.dropout:
+            return torch.randint(1, self.num_codebooks + 1, rows.shape[:1], device=rows.device)
+        return torch.full(rows.shape[:1], self.num_codebooks, device=rows.device)
+
+    def _gathered(self, rows: Tensor) -> bool:
+        """Keep vectors until every rank has its share; then start the codebooks."""
+        share = -(-POOL * self.codebook_size // world_size())
+        have = sum(len(part) for part in self._pool)
+        self._pool.append(rows.flatten(0, 1)[: share - have])
+        if least_over_ranks(have + len(self._pool[-1]), rows.device) < share:
+            return False
+        self.codebooks.start(torch.cat(self._pool))
+        self._pool = []
+        self.started.fill_(True)
+        return True
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """See `Quantizer.lookup`."""
+        """See `Quantizer.lookup`; levels with code -1 add nothing."""
         grid = codes.shape[2:]
-        quantized = self.vq.get_output_from_indices(codes.flatten(2).transpose(1, 2))
-        return quantized.transpose(1, 2).unflatten(2, grid)
+        flat = codes.flatten(2)
+        vectors = [
+            book[codes.clamp(min=0)] * (codes >= 0)[..., None]
+            for book, codes in zip(self.codebooks.codes, flat.unbind(1), strict=True)
+        ]
+        total = torch.stack(vectors).sum(0)
+        return self.project_out(total).transpose(1, 2).unflatten(2, grid)
+
+    def upgraded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Quantizer.upgraded`: files of 0.1 hold one (1, K, d) tensor per level."""
+        old = re.compile(r"vq\.layers\.(\d+)\._codebook\.embed")
+        levels = {int(m[1]): state[name][0] for name in state if (m := old.fullmatch(name))}
+        if not levels:
+            return state
+        new = {
+            name.removeprefix("vq."): tensor
+            for name, tensor in state.items()
+            if not name.startswith("vq.layers.")
+        }
+        new["codebooks.codes"] = torch.stack([levels[level] for level in sorted(levels)])
+        return new

@@ -2,64 +2,55 @@
 
 Convolutional encoder and decoder, normalised per position, no attention: the receptive field is
 bounded and known, so tiles equal the whole. Film is causal in time, 1 + T/4 code frames for 1 + T
-frames; the first frame alone is a picture and has the picture's codes.
+frames; the first frame alone is a picture and has the picture's codes, and costs what one costs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise, product
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from unimm_tokenizers.codec import Codec, CodecOutput, register_codec
-from unimm_tokenizers.quantize import (
-    FiniteScalarQuantizer,
-    Quantizer,
-    ResidualVectorQuantizer,
-)
+from unimm_tokenizers.codec import CodecOutput, register_codec
+from unimm_tokenizers.vision.config import VisionConfig, build_quantizer
 from unimm_tokenizers.vision.layers import (
     ChannelNorm,
+    LeanBlock,
     ResidualBlock,
-    TimeDown,
-    TimeUp,
     pad_to_multiple,
     per_frame,
     space_down,
     space_up,
 )
+from unimm_tokenizers.vision.tiles import TiledCodec
+from unimm_tokenizers.vision.time import Past, TimeDown, TimeStack, TimeUp
+
+_BLOCKS: dict[str, type[ResidualBlock] | type[LeanBlock]] = {
+    "residual": ResidualBlock,
+    "lean": LeanBlock,
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """Shape of a vision codec.
+class FilmState(NamedTuple):
+    """What a stream of film remembers; it belongs to the caller.
 
-    Space shrinks by `patch` times 2 for every multiplier after the first; time by
-    `time_downsample` (1: pictures only). `fsq_levels` chooses finite scalar quantization;
-    otherwise there are `codebook_size` codes: of unit length in `codebook_dim` channels (LlamaGen's
-    setting), or, with None, anywhere in the latents themselves.
+    batch: number of films. waiting: (B, C, n, H, W), frames that fill no code frame yet.
+    encoder, decoder: the past of each time layer; None at the start.
     """
 
-    num_channels: int = 3
-    channels: int = 32
-    multipliers: tuple[int, ...] = (1, 2, 4)
-    num_blocks: int = 1
-    patch: int = 2
-    time_downsample: int = 1
-    latent_channels: int = 32
-    codebook_size: int = 1024
-    codebook_dim: int | None = 8
-    fsq_levels: tuple[int, ...] = ()
-    fps: float = 10.0  # frames per second of the films that it decodes
-
-    def __post_init__(self) -> None:
-        if self.time_downsample not in (1, 2, 4, 8):
-            raise ValueError(f"time_downsample must be 1, 2, 4 or 8, got {self.time_downsample}")
+    batch: int
+    waiting: Tensor | None
+    encoder: Past | None
+    decoder: Past | None
 
 
 @register_codec("vision")
-class VisionCodec(Codec):
+class VisionCodec(TiledCodec):
     """Pictures (B, C, H, W) and, with `time_downsample` above 1, films (B, C, T, H, W)."""
 
     config_class = VisionConfig
@@ -70,27 +61,28 @@ class VisionCodec(Codec):
         self.modalities = ("image",) if config.time_downsample == 1 else ("image", "video")
         widths = [config.channels * m for m in config.multipliers]
         pixels = config.num_channels * config.patch**2
+        block = _BLOCKS[config.block]
 
         encoder: list[nn.Module] = [
             nn.PixelUnshuffle(config.patch),
             nn.Conv2d(pixels, widths[0], 3, padding=1),
         ]
         for width, wider in [*pairwise(widths), (widths[-1], 0)]:
-            encoder += [ResidualBlock(width) for _ in range(config.num_blocks)]
+            encoder += [block(width) for _ in range(config.num_blocks)]
             encoder += [space_down(width, wider)] if wider else []
         self.encoder = nn.Sequential(*encoder)
         halvings = config.time_downsample.bit_length() - 1
-        self.time_encoder = nn.Sequential(*(TimeDown(widths[-1]) for _ in range(halvings)))
+        self.time_encoder = TimeStack(TimeDown(widths[-1]) for _ in range(halvings))
         self.to_latents = nn.Sequential(
             ChannelNorm(widths[-1]), nn.Conv2d(widths[-1], config.latent_channels, 1)
         )
-        self.quantizer = _quantizer(config)
+        self.quantizer = build_quantizer(config)
         self.from_latents = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.time_decoder = nn.Sequential(*(TimeUp(widths[-1]) for _ in range(halvings)))
+        self.time_decoder = TimeStack(TimeUp(widths[-1]) for _ in range(halvings))
         decoder: list[nn.Module] = []
         for width, narrower in [*pairwise(reversed(widths)), (widths[0], 0)]:
             # The decoder invents what the codes leave out: one block more than the encoder.
-            decoder += [ResidualBlock(width) for _ in range(config.num_blocks + 1)]
+            decoder += [block(width) for _ in range(config.num_blocks + 1)]
             decoder += [space_up(width, narrower)] if narrower else []
         decoder += [
             ChannelNorm(widths[0]),
@@ -103,21 +95,14 @@ class VisionCodec(Codec):
     @property
     def downsample(self) -> tuple[int, ...]:
         """(t, h, w) signal units per code; (h, w) for a codec of pictures."""
-        space = self._space
-        return (
-            (space, space)
-            if len(self.modalities) == 1
-            else (self.config.time_downsample, space, space)
-        )
-
-    @property
-    def _space(self) -> int:
-        return self.config.patch * 2 ** (len(self.config.multipliers) - 1)
+        space = self.config.space_downsample
+        time = () if len(self.modalities) == 1 else (self.config.time_downsample,)
+        return (*time, space, space)
 
     @property
     def receptive_field(self) -> tuple[int, ...]:
         """(h, w) pixels that one code can depend on; (t, h, w) for films, earlier frames alone."""
-        side = self._space + 2 * self._encoder_reach
+        side = self.config.space_downsample + 2 * self.encoder_reach
         if len(self.modalities) == 1:
             return side, side
         frames = 1
@@ -126,8 +111,8 @@ class VisionCodec(Codec):
         return frames, side, side
 
     @property
-    def _encoder_reach(self) -> int:
-        """Pixels beyond its own cell, on each side, that a code sees."""
+    def encoder_reach(self) -> int:
+        """See `TiledCodec.encoder_reach`."""
         config, cell = self.config, self.config.patch
         reach = cell  # the first 3x3 convolution
         for _ in config.multipliers:
@@ -136,8 +121,8 @@ class VisionCodec(Codec):
         return reach
 
     @property
-    def _decoder_reach(self) -> int:
-        """Codes beyond its own cell, on each side, that a pixel sees."""
+    def decoder_reach(self) -> int:
+        """See `TiledCodec.decoder_reach`."""
         config = self.config
         reach, cell = 1.0, 1.0  # in codes; the first 3x3 convolution
         for _ in config.multipliers:
@@ -145,14 +130,15 @@ class VisionCodec(Codec):
             cell /= 2
         return int(reach + 2 * cell) + 1
 
-    def _latents(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, D, t, h, w)."""
-        return per_frame(self.to_latents, self.time_encoder(per_frame(self.encoder, x)))
+    def _latents(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
+        """(B, C, T, H, W) -> (B, D, t, h, w), and the past of what comes next."""
+        hidden, kept = self.time_encoder(per_frame(self.encoder, x), past)
+        return per_frame(self.to_latents, hidden), kept
 
-    def _signal(self, latents: Tensor) -> Tensor:
-        """(B, D, t, h, w) -> (B, C, T, H, W)."""
-        hidden = self.time_decoder(per_frame(self.from_latents, latents))
-        return per_frame(self.decoder, hidden)
+    def _signal(self, latents: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
+        """(B, D, t, h, w) -> (B, C, T, H, W), and the past of what comes next."""
+        hidden, kept = self.time_decoder(per_frame(self.from_latents, latents), past)
+        return per_frame(self.decoder, hidden), kept
 
     def _padded(self, x: Tensor) -> Tensor:
         """(B, C, [T,] H, W) -> (B, C, 1 + k * time_downsample, H', W')."""
@@ -161,111 +147,139 @@ class VisionCodec(Codec):
         first, rest = x[:, :, :1], x[:, :, 1:]
         if rest.shape[2]:
             rest = pad_to_multiple(rest, self.config.time_downsample, (2,))
-        return pad_to_multiple(torch.cat([first, rest], 2), self._space, (3, 4))
+        return pad_to_multiple(torch.cat([first, rest], 2), self.config.space_downsample, (3, 4))
 
-    def _checked(self, x: Tensor, *, film: bool = False) -> Tensor:
-        x = self.check_signal(x, 3 if film else 2)
+    def check_signal(self, x: Tensor, axes: int) -> Tensor:
+        """See `Codec.check_signal`; also refuses what is empty."""
+        x = super().check_signal(x, axes)
         if 0 in x.shape:
             raise ValueError(f"{self.name}: the picture or film is empty: {tuple(x.shape)}")
         return x
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K, h, w), or (B, C, T, H, W) -> (B, K, t, h, w); any size."""
-        x = self._checked(x, film=x.ndim == 5 and "video" in self.modalities)
-        codes = self.quantizer(self._latents(self._padded(x))).codes
+        x = self.check_signal(x, 3 if x.ndim == 5 and "video" in self.modalities else 2)
+        codes = self.quantizer(self._latents(self._padded(x))[0]).codes
         return codes[:, :, 0] if x.ndim == 4 else codes
+
+    @torch.no_grad()
+    def encode_each(self, signals: Sequence[Tensor]) -> list[Tensor]:
+        """`encode` of pictures (C, H, W) or films (C, T, H, W) of any sizes, those of one together.
+
+        Returns:
+            Codes (K, *grid) of each, the same as one by one.
+        """
+        groups: defaultdict[torch.Size, list[int]] = defaultdict(list)
+        for number, signal in enumerate(signals):
+            groups[signal.shape].append(number)
+        codes: dict[int, Tensor] = {}
+        for numbers in groups.values():
+            together = self.encode(torch.stack([signals[number] for number in numbers]))
+            codes.update(zip(numbers, together, strict=True))
+        return [codes[number] for number in range(len(signals))]
 
     def decode(self, codes: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
         """(B, K, h, w) -> (B, C, H, W), or (B, K, t, h, w) -> (B, C, T, H, W), in [-1, 1]."""
         film = codes.ndim == 5 and "video" in self.modalities
         self.check_codes(codes, 3 if film else 2)
-        signal = self._signal(self.quantizer.lookup(codes if film else codes[:, :, None]))
+        signal, _ = self._signal(self.quantizer.lookup(codes if film else codes[:, :, None]))
         signal = (signal if film else signal[:, :, 0]).clamp(-1, 1)
         if size is not None:
             signal = signal[(..., *(slice(0, n) for n in size))]
         return signal
 
     def forward(self, x: Tensor) -> CodecOutput:
-        """See `Codec.forward`; x needs sizes that the codec divides."""
+        """See `Codec.forward`; pictures and films of any size, padded as `encode` pads them."""
         target = self._padded(x)
-        quantized, codes, loss = self.quantizer(self._latents(target))
-        signal = self._signal(quantized)
+        quantized, codes, loss = self.quantizer(self._latents(target)[0])
+        signal, _ = self._signal(quantized)
         if x.ndim == 4:
             return CodecOutput(signal[:, :, 0], target[:, :, 0], codes[:, :, 0], loss)
         return CodecOutput(signal, target, codes, loss)
 
-    @torch.no_grad()
-    def encode_tiled(self, x: Tensor, tile: int) -> Tensor:
-        """`encode` of pictures in tiles of tile x tile pixels plus margin: the same codes.
-
-        Args:
-            x: (B, C, H, W) in [-1, 1].
-            tile: side in pixels, a multiple of the spatial downsampling.
+    def init_state(self, batch: int) -> FilmState:
+        """A fresh state for `batch` parallel films.
 
         Raises:
-            ValueError: x is no picture, or tile is not a positive multiple of the downsampling.
+            ValueError: this is a codec of pictures.
         """
-        x = self._checked(x)
-        cell = self._space
-        if tile < cell or tile % cell:
-            raise ValueError(f"{self.name}: tile must be a multiple of {cell}, got {tile}")
-        margin = -(-self._encoder_reach // cell) * cell
-        x = pad_to_multiple(x, cell, (2, 3))
-        height, width = x.shape[2:]
-        codes = torch.empty(
-            (x.shape[0], self.num_codebooks, height // cell, width // cell),
-            dtype=torch.int64,
-            device=x.device,
-        )
-        for top, left in product(range(0, height, tile), range(0, width, tile)):
-            y0, x0 = max(0, top - margin), max(0, left - margin)
-            part = self.encode(x[:, :, y0 : top + tile + margin, x0 : left + tile + margin])
-            rows = slice(top // cell, min(top + tile, height) // cell)
-            columns = slice(left // cell, min(left + tile, width) // cell)
-            dy, dx = (top - y0) // cell, (left - x0) // cell
-            codes[:, :, rows, columns] = part[
-                :, :, dy : dy + rows.stop - rows.start, dx : dx + columns.stop - columns.start
-            ]
-        return codes
+        if "video" not in self.modalities:
+            raise ValueError(f"{self.name}: a codec of pictures has nothing to stream")
+        return FilmState(batch, None, None, None)
 
     @torch.no_grad()
-    def decode_tiled(self, codes: Tensor, tile: int, size: tuple[int, ...] | None = None) -> Tensor:
-        """`decode` of pictures in tiles of tile x tile codes plus margin: the same picture.
+    def encode_chunk(
+        self, x: Tensor, state: FilmState, *, last: bool = False
+    ) -> tuple[Tensor, FilmState]:
+        """Frames (B, C, T, H, W) -> codes (B, K, code frames completed by them, h, w), next state.
+
+        The first frame of a film is one code frame, every `time_downsample` after it are one more;
+        what fills none waits in the state. `last` codes that too, the last frame repeated, as
+        `encode` does: chunks then have the codes of the whole film.
 
         Raises:
-            ValueError: codes of a film, out of range, or a tile below 1.
+            ValueError: x is no film for this codec, or its batch or size is not the state's.
         """
-        self.check_codes(codes, 2)
-        if tile < 1:
-            raise ValueError(f"{self.name}: tile must be at least 1 code, got {tile}")
-        cell, margin = self._space, self._decoder_reach
-        rows, columns = codes.shape[2:]
-        tiles: list[Tensor] = []
-        for top in range(0, rows, tile):
-            strip = []
-            for left in range(0, columns, tile):
-                y0, x0 = max(0, top - margin), max(0, left - margin)
-                part = self.decode(codes[:, :, y0 : top + tile + margin, x0 : left + tile + margin])
-                dy, dx = (top - y0) * cell, (left - x0) * cell
-                strip.append(part[:, :, dy : dy + tile * cell, dx : dx + tile * cell])
-            tiles.append(torch.cat(_cropped(strip, 3, columns * cell, tile * cell), 3))
-        signal = torch.cat(_cropped(tiles, 2, rows * cell, tile * cell), 2)
-        return signal if size is None else signal[:, :, : size[0], : size[1]]
+        x = self.check_signal(x, 3)
+        self._check_batch(x, state)
+        if state.waiting is not None:
+            if state.waiting.shape[3:] != x.shape[3:]:
+                raise ValueError(
+                    f"{self.name}: the film is {tuple(state.waiting.shape[3:])}, the chunk "
+                    f"{tuple(x.shape[3:])}"
+                )
+            x = torch.cat([state.waiting, x], dim=2)
+        step = self.config.time_downsample
+        start = state.encoder is None
+        if last and start:
+            x = self._padded(x)
+        elif last:
+            x = pad_to_multiple(x, step, (2,))
+        whole = x.shape[2] - (x.shape[2] - start) % step
+        ready, waiting = x[:, :, :whole], x[:, :, whole:]
+        if whole == 0:
+            cell = self.config.space_downsample
+            grid = (0, -(-x.shape[3] // cell), -(-x.shape[4] // cell))
+            codes = torch.empty((len(x), self.num_codebooks, *grid), dtype=torch.int64)
+            return codes.to(x.device), state._replace(waiting=waiting)
+        ready = pad_to_multiple(ready, self.config.space_downsample, (3, 4))
+        latents, past = self._latents(ready, state.encoder)
+        return self.quantizer(latents).codes, state._replace(waiting=waiting, encoder=past)
 
+    @torch.no_grad()
+    def decode_chunk(self, codes: Tensor, state: FilmState) -> tuple[Tensor, FilmState]:
+        """Codes (B, K, t, h, w) -> their frames (B, C, T, H, W) in [-1, 1], and the next state.
 
-def _cropped(parts: list[Tensor], axis: int, total: int, step: int) -> list[Tensor]:
-    """Cut each part to its share of `total`: margins may have come along at the far edge."""
-    return [
-        part.narrow(axis, 0, min(step, total - number * step)) for number, part in enumerate(parts)
-    ]
+        Raises:
+            ValueError: not codes of this codec, or their batch is not the state's.
+        """
+        self.check_codes(codes, 3)
+        self._check_batch(codes, state)
+        signal, past = self._signal(self.quantizer.lookup(codes), state.decoder)
+        return signal.clamp(-1, 1), state._replace(decoder=past)
 
+    def _check_batch(self, x: Tensor, state: FilmState) -> None:
+        if len(x) != state.batch:
+            raise ValueError(
+                f"{self.name}: the state holds {state.batch} films, the chunk {len(x)}"
+            )
 
-def _quantizer(config: VisionConfig) -> Quantizer:
-    if config.fsq_levels:
-        return FiniteScalarQuantizer(config.latent_channels, config.fsq_levels)
-    return ResidualVectorQuantizer(
-        config.latent_channels,
-        config.codebook_size,
-        codebook_dim=config.codebook_dim,
-        cosine=config.codebook_dim is not None,
-    )
+    def inflate(self, time_downsample: int, fps: float = 10.0) -> Self:
+        """A codec of films with this picture codec's weights: pictures keep their codes.
+
+        Its time layers start at zero: each code frame is that of its last frame, and decodes to a
+        still; training goes on from there.
+
+        Raises:
+            ValueError: this is a codec of films already, or time_downsample is not 2, 4 or 8.
+        """
+        if "video" in self.modalities or time_downsample == 1:
+            raise ValueError(f"{self.name}: only a codec of pictures becomes one of films")
+        config = dataclasses.replace(self.config, time_downsample=time_downsample, fps=fps)
+        codec = type(self)(config)
+        missing, unknown = codec.load_state_dict(self.state_dict(), strict=False)
+        assert not unknown
+        assert all(name.startswith("time_") for name in missing)
+        codec.time_encoder.clear()
+        codec.time_decoder.clear()
+        return codec.train(self.training)
