@@ -99,7 +99,8 @@ def test_a_recipe_is_found_by_name_and_is_whole(name: str) -> None:
     assert recipe == load_recipe(RECIPES / name)
     assert recipe.title
     assert recipe.folder.resolve() == RECIPES / name
-    named = {recipe.templates, recipe.model, *recipe.codecs.values(), "recipe.yaml"}
+    steps = {recipe.templates, recipe.model, *recipe.codecs.values()}
+    named = {*steps, "recipe.yaml", "debug.yaml"}
     assert {path.name for path in (RECIPES / name).glob("*.yaml")} == named
 
 

@@ -125,10 +125,11 @@ class LossWeights:
 
 
 class PlacedDocument(NamedTuple):
-    """One document on its way into a row."""
+    """One document on its way into a row; `weight` is a factor of all its loss weights."""
 
     ids: NDArray[np.integer]
     layout: CompactLayout
+    weight: float = 1.0
 
 
 def collate(
@@ -147,6 +148,7 @@ def collate(
     positions = np.zeros((3, *shape), dtype=np.int64)
     segments = np.zeros(shape, dtype=np.int64)
     modality = np.zeros(shape, dtype=np.int64)
+    factors = np.ones(shape, dtype=np.float32)
     for number, documents in enumerate(rows):
         if not documents:
             continue
@@ -158,9 +160,11 @@ def collate(
         positions[:, number, :stop] = np.concatenate([p.positions for p in placed], axis=1)
         modality[number, :stop] = np.concatenate([p.modality for p in placed])
         segments[number, :stop] = np.repeat(np.arange(1, len(documents) + 1), lengths)
+        if any(document.weight != 1 for document in documents):
+            factors[number, :stop] = np.repeat([d.weight for d in documents], lengths)
     # A document's first id is <bos>, which nothing predicts; what follows no document is padding.
     first = np.diff(segments, axis=1, prepend=0) != 0
-    loss_weight = weights.table[modality] * ((segments > 0) & ~first)
+    loss_weight = weights.table[modality] * factors * ((segments > 0) & ~first)
     return Batch(
         *(torch.from_numpy(array) for array in (ids, positions, segments)),
         loss_weight=torch.from_numpy(loss_weight),

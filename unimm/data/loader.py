@@ -11,23 +11,39 @@ r takes the r-th slice of B rows, worker w of W makes batches w, w + W, ...
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from unimm.data.batch import Batch, Layouts, LossWeights, PlacedDocument, Structure, collate
-from unimm.data.manifest import read_token_manifest
-from unimm.data.packing import pack
-from unimm.data.shards import Member, ShardReader, Stamp, expand, read_member
-from unimm.data.tokenize import IDS_FILE, META_FILE, NPY_HEADER, ids_dtype, read_ids
+from unimm.checkpoint import did_you_mean
+from unimm.data.batch import (
+    Batch,
+    Layouts,
+    LossWeights,
+    PlacedDocument,
+    Structure,
+    collate,
+    structure_of,
+)
+from unimm.data.index import Arrays, index_shards, kept
+from unimm.data.manifest import digest
+from unimm.data.packing import FORMAT as PACKING_FORMAT
+from unimm.data.packing import Packing, pack
+from unimm.data.shards import Member, ShardReader, expand, read_member
+from unimm.data.tokenize import META_FILE, NPY_HEADER, ids_dtype, read_ids
+from unimm.data.windows import Window, cut, windows
 from unimm.sequence import Grammar
 from unimm.vocabulary import Vocabulary
 
 CACHE_BYTES = 2**28  # documents kept in memory, after which every reading goes to the shard
+TEMPLATE_SAMPLE = 2000  # documents among which the template of a weight is looked for
 _DOCUMENT_BYTES = 300  # of a kept document beside its ids: array, tuple, dictionary entry
 
 
@@ -54,6 +70,48 @@ class EpochOrder:
         return epoch, int(self._order[place])
 
 
+class MixedOrder:
+    """Rows of several sources, interleaved by weight; each source's rows once per its own epoch.
+
+    Of every 1,024 positions each source has a fixed number, spread evenly, so where any position
+    lies is arithmetic: nothing has to be replayed to go on from it.
+
+    Args:
+        sizes: rows of each source.
+        weights: share of each, above 0; their sum does not matter.
+        seed: decides the orders.
+    """
+
+    PERIOD = 1024
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        if len(sizes) == 1:
+            counts = np.array([1])
+        else:
+            share = np.asarray(weights, dtype=np.float64) / sum(weights) * self.PERIOD
+            counts = np.maximum(1, np.floor(share)).astype(np.int64)
+            for source in np.argsort(np.floor(share) - share, kind="stable"):
+                counts[source] += counts.sum() < self.PERIOD
+        self._counts = counts.tolist()
+        # The j-th of n rows of a source stands at (j + 1/2) / n of the period.
+        places = [(np.arange(count) + 0.5) / count for count in self._counts]
+        source = np.repeat(np.arange(len(counts)), counts)
+        spread = np.lexsort((source, np.concatenate(places)))
+        self._source = source[spread].tolist()
+        self._rank = np.concatenate([np.arange(count) for count in self._counts])[spread].tolist()
+        # One source keeps the order that it has alone.
+        self._orders = [
+            EpochOrder(size, seed if len(sizes) == 1 else seed + 7919 * number)
+            for number, size in enumerate(sizes)
+        ]
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        """Source and row at a position, counted from the beginning of the run."""
+        period, slot = divmod(position, len(self._source))
+        source = self._source[slot]
+        return source, self._orders[source](period * self._counts[source] + self._rank[slot])[1]
+
+
 class RowStatistics(NamedTuple):
     """What is packed.
 
@@ -74,6 +132,25 @@ class RowStatistics(NamedTuple):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DocumentConfig:
+    """What is made of single documents.
+
+    template_weight: label of a template, as in a shard's meta -> factor of the loss weights of the
+        documents that it made; 1 for those that are not named.
+    too_long: what becomes of documents longer than a row: "reject" counts them and leaves them
+        out; "window" cuts sounds and films into windows of whole frames.
+    """
+
+    template_weight: Mapping[str, float] = field(default_factory=dict)
+    too_long: Literal["reject", "window"] = "reject"
+
+    def __post_init__(self) -> None:
+        for label, weight in self.template_weight.items():
+            if not weight >= 0:
+                raise ValueError(f"template_weight.{label}: must be 0 or more, got {weight}")
+
+
 class TokenRows:
     """Rows of packed documents, read by offset when asked for.
 
@@ -83,11 +160,13 @@ class TokenRows:
         row_length: T, ids of a row.
         seed: decides which documents share a row.
         loss_weight: modality -> weight of predicting it; 1 for those that are not named.
+        documents: what is made of single documents.
         verify: compare every byte of the shards with their manifests first.
+        folder: where index and packing are kept for the next time; None: nowhere.
 
     Raises:
         ValueError: shards are missing, uncommitted, changed, or made with another vocabulary; or no
-            document fits into a row.
+            document fits into a row; or no document has a template that is given a weight.
     """
 
     def __init__(
@@ -98,39 +177,85 @@ class TokenRows:
         *,
         seed: int = 0,
         loss_weight: Mapping[str, float] | None = None,
+        documents: DocumentConfig | None = None,
         verify: bool = False,
+        folder: Path | None = None,
     ) -> None:
         self.vocabulary = vocabulary
         self.row_length = row_length
         self.weights = LossWeights(vocabulary, loss_weight)
-        self._layouts = Layouts(Grammar(vocabulary))
+        self._config = documents or DocumentConfig()
+        self._grammar = Grammar(vocabulary)
+        self._layouts = Layouts(self._grammar)
         self._pad = vocabulary.marker("<pad>")
         self._paths = expand(shards)
-        self._stamps: list[Stamp] = []
-        places = [self._index(path, verify=verify) for path in self._paths]
-        self._shard = np.repeat(np.arange(len(places)), [len(p) for p in places])
-        self._places = np.concatenate(places)  # (N, 4): offset and size of ids, then of meta
+        self._index = index_shards(self._paths, vocabulary, verify=verify, folder=folder)
         self._interned: dict[Structure, Structure] = {}
         self._cache: dict[int, PlacedDocument] = {}
         self._cached = 0
         self._dtype = ids_dtype(vocabulary)
-        self.lengths = (self._places[:, 1] - NPY_HEADER) // np.dtype(self._dtype).itemsize
-        order = np.random.default_rng([seed]).permutation(len(self._places))
-        self.packing = pack(self.lengths, row_length, order)
+        whole = (self._index.places[:, 1] - NPY_HEADER) // np.dtype(self._dtype).itemsize
+        # One entry per document or window: number of the document, item, first frame and last.
+        name = digest([self._index.digest, row_length, self._config.too_long])
+        plan = kept(folder, f"documents-{name[:24]}", lambda: self._plan(whole))
+        self.entries, self.lengths = plan["entries"], plan["lengths"]
+        name = digest([name, seed, PACKING_FORMAT])
+        packed = kept(folder, f"packing-{name[:24]}", lambda: self._pack(seed))
+        self.packing = Packing(
+            packed["documents"],
+            packed["starts"],
+            packed["rejected"],
+            1
+            - float(self.lengths[packed["documents"]].sum())
+            / ((len(packed["starts"]) - 1) * row_length),
+        )
+        self._require_templates()
 
-    def _index(self, path: Path, *, verify: bool) -> NDArray[np.int64]:
-        manifest = read_token_manifest(path, self.vocabulary)
-        if verify:
-            manifest.check(path, verify=True)
-        reader = ShardReader(path)
-        manifest.check_samples(path, len(reader))
-        self._stamps.append(reader.stamp)
-        places = []
-        for sample in reader:
-            if IDS_FILE not in sample or META_FILE not in sample:
-                raise ValueError(f"{sample.where}: has only {sample.listed}; make the shard again")
-            places.append((*sample.members[IDS_FILE], *sample.members[META_FILE]))
-        return np.array(places, dtype=np.int64).reshape(-1, 4)
+    def _plan(self, whole: NDArray[np.int64]) -> Arrays:
+        entries = np.stack([np.arange(len(whole)), *[np.full(len(whole), -1)] * 3], axis=1)
+        if self._config.too_long == "reject":
+            return {"entries": entries, "lengths": whole}
+        levels = {m: len(self.vocabulary.levels(m)) for m in self._grammar.rules}
+        rows, lengths = [entries[whole <= self.row_length]], [whole[whole <= self.row_length]]
+        for number in np.flatnonzero(whole > self.row_length).tolist():
+            structure, _ = self._meta(self._member(number, 2))
+            found = windows(structure, int(whole[number]), self.row_length, levels)
+            if not found:
+                rows.append(entries[number : number + 1])
+                lengths.append(whole[number : number + 1])
+                continue
+            rows.append(np.array([(number, *window) for window in found]))
+            frames = sum(window.stop - window.start for window in found)
+            kind, *grid = structure[found[0].item]
+            per_frame = levels[str(kind)] * math.prod(int(size) for size in grid[1:])
+            rest = int(whole[number]) - frames * per_frame
+            lengths.append(np.array([rest + (w.stop - w.start) * per_frame for w in found]))
+        return {"entries": np.concatenate(rows), "lengths": np.concatenate(lengths)}
+
+    def _pack(self, seed: int) -> Arrays:
+        order = np.random.default_rng([seed]).permutation(len(self.lengths))
+        packing = pack(self.lengths, self.row_length, order)
+        return {
+            "documents": packing.documents,
+            "starts": packing.starts,
+            "rejected": packing.rejected,
+        }
+
+    def _require_templates(self) -> None:
+        wanted = set(self._config.template_weight)
+        count = len(self.entries)
+        if not wanted:
+            return
+        seen: set[str] = set()
+        for entry in range(0, count, -(-count // TEMPLATE_SAMPLE)):
+            seen.add(self._meta(self._member(int(self.entries[entry, 0]), 2))[1])
+            if wanted <= seen:
+                return
+        missing = sorted(wanted - seen)[0]
+        raise ValueError(
+            f"template_weight: no document of template {missing!r} was found"
+            f"{did_you_mean(missing, sorted(seen))}; there are {', '.join(sorted(seen))}"
+        )
 
     def __len__(self) -> int:
         """Number of rows, R."""
@@ -148,7 +273,7 @@ class TokenRows:
         )
 
     def document(self, number: int) -> PlacedDocument:
-        """Ids and layout of one document.
+        """Ids and layout of one document, or window of one.
 
         Raises:
             ValueError: the document is damaged, or holds ids outside the vocabulary.
@@ -156,52 +281,63 @@ class TokenRows:
         known = self._cache.get(number)
         if known is not None:
             return known
+        document, *frames = self.entries[number].tolist()
         try:
-            found = self._read(number)
+            found = self._read(document, Window(*frames))
         except ValueError as error:
-            raise ValueError(f"{self._where(number)}: {error}; make the shard again") from None
+            raise ValueError(f"{self._where(document)}: {error}; make the shard again") from None
         size = found.ids.nbytes + _DOCUMENT_BYTES
         if self._cached + size <= CACHE_BYTES:
             self._cache[number] = found
             self._cached += size
         return found
 
-    def _read(self, number: int) -> PlacedDocument:
+    def _read(self, number: int, window: Window) -> PlacedDocument:
         ids = read_ids(self._member(number, 0), self._dtype)
         if int(ids.max()) >= len(self.vocabulary):
             raise ValueError(
                 f"id {ids.max()} lies outside the vocabulary (0 to {len(self.vocabulary) - 1})"
             )
-        structure = self._structure(self._member(number, 2))
-        return PlacedDocument(ids, self._layouts(structure, ids))
+        structure, template = self._meta(self._member(number, 2))
+        weight = self._config.template_weight.get(template, 1.0)
+        if window.item >= 0:
+            part, segments = cut(torch.from_numpy(ids.astype(np.int64)), window, self._grammar)
+            ids, structure = part.numpy().astype(self._dtype), structure_of(segments)
+        return PlacedDocument(ids, self._layouts(structure, ids), weight)
 
     def _member(self, number: int, column: int) -> bytes:
-        offset, size = self._places[number, column : column + 2].tolist()
-        shard = self._shard[number]
-        return read_member(self._paths[shard], self._stamps[shard], Member(offset, size))
+        offset, size = self._index.places[number, column : column + 2].tolist()
+        shard = self._index.shard[number]
+        return read_member(self._paths[shard], self._index.stamps[shard], Member(offset, size))
 
-    def _structure(self, meta: bytes) -> Structure:
+    def _meta(self, meta: bytes) -> tuple[Structure, str]:
+        """Items and template of a document."""
         try:
-            structure = tuple(tuple(item) for item in json.loads(meta)["items"])
-        except (ValueError, KeyError, TypeError) as error:
+            stored = json.loads(meta)
+            structure = tuple(tuple(item) for item in stored["items"])
+            template = str(stored.get("template", ""))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{META_FILE} is damaged ({error})") from None
         # Few structures are shared by many documents: keep one object of each.
-        return self._interned.setdefault(structure, structure)
+        return self._interned.setdefault(structure, structure), template
 
     def _where(self, number: int) -> str:
         """Shard and key of a document, for messages."""
-        path = self._paths[self._shard[number]]
-        first = int(np.searchsorted(self._shard, self._shard[number]))
+        path = self._paths[self._index.shard[number]]
+        first = int(np.searchsorted(self._index.shard, self._index.shard[number]))
         return ShardReader(path).samples[number - first].where
+
+    def row(self, number: int) -> list[PlacedDocument]:
+        """The documents of one row."""
+        return [self.document(int(document)) for document in self.packing.row(number)]
+
+    def collate(self, rows: Sequence[Sequence[PlacedDocument]]) -> Batch:
+        """Rows of documents -> a batch of len(rows) rows."""
+        return collate(rows, self.row_length, self.weights, self._pad)
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """Rows by number -> a batch of len(rows) rows."""
-        return collate(
-            [[self.document(int(d)) for d in self.packing.row(row)] for row in rows],
-            self.row_length,
-            self.weights,
-            self._pad,
-        )
+        return self.collate([self.row(row) for row in rows])
 
 
 class Slice(NamedTuple):
@@ -221,22 +357,31 @@ class TokenStream(IterableDataset[Batch]):
     """Batches for training, without end.
 
     Args:
-        rows: the packed rows.
+        sources: packed rows, all of one length and vocabulary.
         part: what this rank makes of them.
         seed: decides the order of each epoch.
+        weights: share of the global rows that each source gives; None: one source, or even shares.
     """
 
-    def __init__(self, rows: TokenRows, part: Slice, seed: int = 0) -> None:
-        self.rows = rows
+    def __init__(
+        self,
+        sources: TokenRows | Sequence[TokenRows],
+        part: Slice,
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.sources = [sources] if isinstance(sources, TokenRows) else list(sources)
         self.part = part
         self.seed = seed
+        self.weights = [1.0] * len(self.sources) if weights is None else list(weights)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = EpochOrder(len(self.rows), self.seed)
+        order = MixedOrder([len(rows) for rows in self.sources], self.weights, self.seed)
         size, rank, world, start = self.part
         for batch in worker_turns():
             first = start + (batch * world + rank) * size
-            yield self.rows.batch([order(first + i)[1] for i in range(size)])
+            chosen = [order(first + i) for i in range(size)]
+            yield self.sources[0].collate([self.sources[s].row(row) for s, row in chosen])
 
 
 class TokenPass(IterableDataset[Batch]):

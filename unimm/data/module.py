@@ -9,15 +9,18 @@ trainer's count of processed batches, not from the loader, which Lightning lets 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from unimm.checkpoint import VOCABULARY_FILE, find_bundle
 from unimm.data.batch import Batch
-from unimm.data.loader import Slice, TokenPass, TokenRows, TokenStream
+from unimm.data.loader import DocumentConfig, Slice, TokenPass, TokenRows, TokenStream
+from unimm.data.shards import expand
 from unimm.data.signals_data import SignalConfig, SignalDataset, SignalPass, SignalStream
 from unimm.vocabulary import Vocabulary
 
@@ -82,12 +85,18 @@ class _Resumable(LightningDataModule):
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()["processed"]
 
     @property
+    def _replica(self) -> dict[str, int]:
+        """Processes that compute a row together (tensor parallelism) share its data."""
+        given = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return given or {"num_replicas": 1, "rank": 0}
+
+    @property
     def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
+        return self._replica["rank"]
 
     @property
     def _world(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
+        return self._replica["num_replicas"]
 
     def _slice(self, start: int = 0) -> Slice:
         return Slice(self.batch_size, self._rank, self._world, start)
@@ -103,13 +112,15 @@ class TokenDataModule(_Resumable):
 
     Args:
         tokenizer: name or path of the tokenizer's bundle; only its vocabulary is read.
-        shards: token shards to train on, as `unimm.data.shards.expand` understands them.
+        shards: token shards to train on, as `unimm.data.shards.expand` understands them; or several
+            such sources, each with its share of the rows: `{web: 3.0, speech: 1.0}`.
         val_shards: token shards to validate on, each row once.
         row_length: T, ids of a row.
         batch_size: rows per process.
         seed: decides which documents share a row, and the order of each epoch.
         loss_weight: modality -> weight of predicting it; 1 for those that are not named.
         num_workers: loader processes; 0 loads in the training process.
+        documents: weights by template, and what becomes of documents longer than a row.
 
     Raises:
         ValueError: shards are missing, uncommitted, or made with another vocabulary.
@@ -118,22 +129,26 @@ class TokenDataModule(_Resumable):
     def __init__(
         self,
         tokenizer: str,
-        shards: str,
+        shards: str | dict[str, float],
         val_shards: str | None = None,
         row_length: int = 1024,
         batch_size: int = 8,
         seed: int = 0,
         loss_weight: dict[str, float] | None = None,
         num_workers: int = 0,
+        documents: DocumentConfig | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, validates=val_shards is not None)
         self.tokenizer = tokenizer
-        self.shards = shards
+        self.shards = {shards: 1.0} if isinstance(shards, str) else dict(shards)
+        if not self.shards or not all(weight > 0 for weight in self.shards.values()):
+            raise ValueError(f"shards: every source needs a weight above 0, got {shards}")
         self.val_shards = val_shards
         self.row_length = row_length
         self.seed = seed
         self.loss_weight = loss_weight
-        self.rows: TokenRows | None = None
+        self.documents = documents
+        self.sources: list[TokenRows] = []
         self.val_rows: TokenRows | None = None
 
     @property
@@ -146,32 +161,54 @@ class TokenDataModule(_Resumable):
         """The tokenizer's vocabulary."""
         return Vocabulary.load(find_bundle(self.tokenizer) / VOCABULARY_FILE)
 
+    def prepare_data(self) -> None:
+        """Find and pack all documents once per machine: the other processes read what was found."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            self._open_all(training=self.trainer.state.fn == "fit")
+
     def setup(self, stage: str) -> None:
         """Open and check all shards."""
         super().setup(stage)
-        if stage == "fit" and self.rows is None:
-            self.rows = self._open(self.shards)
+        self._open_all(training=stage == "fit")
+
+    def _open_all(self, *, training: bool) -> None:
+        if training and not self.sources:
+            _require(list(self.shards))
+            self.sources = [self._open(source) for source in self.shards]
+            for source, rows in zip(self.shards, self.sources, strict=True):
+                rank_zero_info(f"{source}: {rows.statistics}")
         if self.val_shards is not None and self.val_rows is None:
             self.val_rows = self._open(self.val_shards)
 
     def _open(self, shards: str) -> TokenRows:
+        run = None if self.trainer is None else self.trainer.default_root_dir
         return TokenRows(
             shards,
             self.vocabulary,
             self.row_length,
             seed=self.seed,
             loss_weight=self.loss_weight,
+            documents=self.documents,
+            folder=None if run is None else Path(run, "index"),
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches without end, from where training stands."""
-        assert self.rows is not None
-        return self._loader(TokenStream(self.rows, self._slice(self._begin()), self.seed))
+        assert self.sources
+        part = self._slice(self._begin())
+        weights = list(self.shards.values())
+        return self._loader(TokenStream(self.sources, part, self.seed, weights))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every validation row once."""
         assert self.val_rows is not None
         return self._loader(TokenPass(self.val_rows, self._slice()))
+
+
+def _require(sources: list[str]) -> None:
+    """Refuse missing shards, those of all sources in one message."""
+    if len(sources) > 1:
+        expand(sources)
 
 
 class SignalDataModule(_Resumable):

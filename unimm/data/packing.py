@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 WINDOW = 128
+FORMAT = 1  # raised when the same input would be packed otherwise
 
 
 class Packing(NamedTuple):

@@ -1,7 +1,16 @@
 """The decoder-only transformer, in pure torch: it knows V ids, never modalities."""
 
 from unimm.model.cache import KVCache
-from unimm.model.config import ModelConfig
+from unimm.model.config import ExpertsConfig, ModelConfig, RopeScaling
 from unimm.model.decoder import UnifiedLM
+from unimm.model.presets import preset, size_of
 
-__all__ = ["KVCache", "ModelConfig", "UnifiedLM"]
+__all__ = [
+    "ExpertsConfig",
+    "KVCache",
+    "ModelConfig",
+    "RopeScaling",
+    "UnifiedLM",
+    "preset",
+    "size_of",
+]

@@ -16,6 +16,8 @@ class KVCache:
         batch: rows.
         max_length: ids that a row can hold.
         device, dtype: where and in what the cache lives.
+        static: give attention the whole cache at every step, so that all shapes stay the same
+            (for compiled steps and CUDA graphs); otherwise the part that the longest row fills.
 
     Attributes:
         lengths: int64 (B,), ids stored in each row.
@@ -28,25 +30,67 @@ class KVCache:
         max_length: int,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        *,
+        static: bool = False,
     ) -> None:
-        shape = (config.num_layers, batch, max_length, config.kv_heads, config.head_dim)
+        # A head's keys lie side by side: products over them need no copy, as (B, S, G, D) would.
+        shape = (config.num_layers, batch, config.kv_heads, max_length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.static = static
+        self._rows = torch.arange(batch, device=device)[:, None]
         self._reach = 0  # upper bound of the lengths, known without asking the device
+        self._even = True  # all rows are that long
+        if static:
+            # CUDA graphs write into these where they lie, instead of into copies of inputs.
+            for tensor in (self.keys, self.values, self.lengths):
+                torch._dynamo.mark_static_address(tensor)
+
+    @property
+    def max_length(self) -> int:
+        """Ids that a row can hold."""
+        return self.keys.shape[3]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, t, G, D) behind each row's length; returns the caches up to the longest row."""
+        """Store (B, t, G, D) behind each row's length; returns the caches up to the longest row.
+
+        Returns:
+            keys and values (B, S, G, D), views of the cache.
+        """
         new = keys.shape[1]
+        all_keys, all_values = self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2)
+        if self.static:
+            self._scatter(all_keys, keys)
+            self._scatter(all_values, values)
+            return all_keys, all_values
         reach = self._reach + new
-        assert reach <= self.keys.shape[2], "the cache is too short for these ids"
-        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
-        slots = self.lengths[:, None] + torch.arange(new, device=keys.device)
-        self.keys[layer, rows, slots] = keys.to(self.keys.dtype)
-        self.values[layer, rows, slots] = values.to(self.values.dtype)
-        return self.keys[layer, :, :reach], self.values[layer, :, :reach]
+        assert reach <= self.max_length, "the cache is too short for these ids"
+        for stored, given in ((all_keys, keys), (all_values, values)):
+            if self._even:  # a slice is copied at once; rows of different lengths are scattered
+                stored[:, self._reach : reach] = given
+            else:
+                self._scatter(stored, given)
+        return all_keys[:, :reach], all_values[:, :reach]
+
+    def _scatter(self, stored: Tensor, given: Tensor) -> None:
+        slots = self.lengths[:, None] + torch.arange(given.shape[1], device=given.device)
+        stored.index_put_((self._rows, slots), given.to(stored.dtype))
 
     def advance(self, count: int, lengths: Tensor | None = None) -> None:
         """Count ids as stored: `count` in every row, or `lengths` (B,) of them row by row."""
         self._reach += count
-        self.lengths = self.lengths + (count if lengths is None else lengths)
+        assert self._reach <= self.max_length, "the cache is too short for these ids"
+        # In place: a CUDA graph reads the lengths where they were when it was recorded.
+        self.lengths += count if lengths is None else lengths
+        if lengths is not None:
+            self._even = self._even and bool((lengths == count).all())
+
+    def copy_rows(self, source: KVCache, rows: Tensor) -> None:
+        """Begin with rows (B,) of another cache: a prompt that many rows share is read once."""
+        reach = source._reach
+        assert reach <= self.max_length, "the cache is too short for these ids"
+        self.keys[:, :, :, :reach] = source.keys[:, rows, :, :reach]
+        self.values[:, :, :, :reach] = source.values[:, rows, :, :reach]
+        self.lengths.copy_(source.lengths[rows])
+        self._reach, self._even = reach, source._even

@@ -10,7 +10,8 @@ import torch
 from unimm.checkpoint import seal
 from unimm.model import ModelConfig, UnifiedLM
 from unimm.tokenizer import UnifiedTokenizer
-from unimm.training.launch import newest_checkpoint, read_checkpoint
+from unimm.training.checkpoints import COMPLETE, newest_checkpoint, read_checkpoint
+from unimm.training.sharded import exported_weights
 from unimm_tokenizers.codec import codec_from_config, config_from_dict
 
 
@@ -33,13 +34,16 @@ def export(
     Raises:
         ValueError: there is no checkpoint, it is not ours, or it needs another tokenizer.
     """
-    path = newest_checkpoint(source) if Path(source).is_dir() else Path(source)
-    if path is None or not path.is_file():
+    run = Path(source).is_dir() and not (Path(source) / COMPLETE).is_file()
+    path = newest_checkpoint(source) if run else Path(source)
+    if path is None or not path.exists():
         raise ValueError(f"{source}: no checkpoint is there; give a .ckpt file or a run folder")
     stored = read_checkpoint(path, "cpu").get("unimm")
     if stored is None:
         raise ValueError(f"{path}: this checkpoint was not written by `unimm fit`")
     entry, weights = stored["entry"], stored["weights"]
+    if path.is_dir():
+        weights = exported_weights(path)
     if entry["kind"] == "codec":
         codec = codec_from_config(entry["codec"], entry["config"], str(path))
         codec.load_state_dict(weights)

@@ -1,38 +1,45 @@
 """`unimm fit` and `unimm validate`: LightningCLI over typed YAML recipes.
 
 A recipe names a task, a data module and trainer settings; each recipe file is whole by itself. Run
-again, a recipe resumes from the newest checkpoint of its folder that can be read.
+again, a recipe resumes from the newest checkpoint of its folder that is whole.
 """
 
 from __future__ import annotations
 
 import csv
-import dataclasses
-import importlib
-import inspect
-import itertools
 import logging
-import re
 import warnings
-import zipfile
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import lightning
 import torch
-import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from unimm.checkpoint import did_you_mean, replacing
+from unimm.training.checkpoints import (
+    CHECKPOINTS,
+    AtomicCheckpointIO,
+    RunCheckpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    sweep,
+)
+from unimm.training.memory import keep_freed_memory
+from unimm.training.mistakes import FRAME, explained
+from unimm.training.preemption import Preemption
+from unimm.training.samples import ShowSamples
 from unimm.training.task import Task
+from unimm.training.throughput import Throughput
 
-CHECKPOINTS = "checkpoints"
+__all__ = ["CHECKPOINTS", "LOGS", "AtomicCheckpointIO", "launch", "newest_checkpoint",
+           "read_checkpoint"]  # fmt: skip
+
 LOGS = "logs"
 _log = logging.getLogger("unimm")
 # What Lightning 2.6 warns of on every run here, and what is meant so: passes over validation data
@@ -49,60 +56,13 @@ _EXPECTED = (
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
     (r"(?s).*(deprecated in v4|JsonargparseDeprecationWarning)", DeprecationWarning),
 )
-_UNKNOWN = re.compile(
-    r"accept option '([^']+)'|Option '([^']+)' is not accepted|unrecognized arguments: --([\w.]+)"
-)
-_KEY = re.compile(r'Parser key "([^"]+)":')
-# Lines that jsonargparse puts around what is wrong.
-_FRAME = (
-    "Does not validate against",
-    "Subtypes:",
-    "Errors:",
-    "Problem with given class_path",
-    "Expected a <class 'NoneType'>",
-    "Given value",
-    "Subclass types expect one of",
-    "a class path",
-    "a dict with",
-)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target and then renames it.
-
-    Lightning's own writer goes through TMPDIR: on another file system a killed run leaves a
-    truncated checkpoint (4 of 8 trials).
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
-    ) -> None:
-        """Write one checkpoint."""
-        with replacing(path) as temporary:
-            torch.save(checkpoint, temporary)
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read one checkpoint, compared with its checksums; never more than weights and data."""
-        return read_checkpoint(path, "cpu")
-
-
-class FinalCheckpoint(lightning.Callback):
-    """Keeps the state at the very end, wherever the checkpoint interval fell."""
-
-    def on_train_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """Write `final.ckpt`."""
-        trainer.save_checkpoint(Path(trainer.default_root_dir, CHECKPOINTS, "final.ckpt"))
 
 
 class _CLI(LightningCLI):
     """LightningCLI with a run folder: checkpoints, logs and resumption in one place."""
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """Add logs, checkpoints and the atomic writer to what the recipe asks for."""
+        """Add logs, checkpoints and what watches a run to what the recipe asks for."""
         settings = self._get(self.config, "trainer")
         run = Path(settings.get("default_root_dir") or "runs/unnamed")
         kwargs.setdefault("default_root_dir", str(run))
@@ -112,36 +72,42 @@ class _CLI(LightningCLI):
                 TensorBoardLogger(run, name=LOGS, version="tensorboard"),
             ]
         kwargs["enable_checkpointing"] = False  # ours are added below
+        if settings.get("plugins") is None and SLURMEnvironment.detect():
+            # Its own requeueing saves inside a signal handler; exit code 75 does it here.
+            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "fit" and trainer.max_steps < 1:
             raise ValueError("trainer.max_steps: give the number of steps; the schedule needs it")
-        trainer.callbacks.extend(  # pyright: ignore[reportAttributeAccessIssue]
-            [
-                ModelCheckpoint(
-                    dirpath=run / CHECKPOINTS,
-                    filename="{step}",
-                    monitor="step",
-                    mode="max",
-                    save_top_k=2,
-                    every_n_train_steps=max(100, trainer.max_steps // 10),
-                ),
-                FinalCheckpoint(),
-            ]
-        )
+        _complete(trainer)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def before_fit(self) -> None:
-        """Continue from the newest checkpoint of the run's folder that can be read."""
+        """Continue from the newest whole checkpoint of the run's folder."""
         settings = self.config_init["fit"]
+        assert isinstance(self.model, Task)
+        self.model.check_strategy(self.trainer)
+        sweep(Path(self.trainer.default_root_dir, CHECKPOINTS))
         if settings.get("ckpt_path") is None:
             found = newest_checkpoint(self.trainer.default_root_dir)
             settings["ckpt_path"] = None if found is None else str(found)
         start = settings["ckpt_path"]
         step = 0 if start is None else read_checkpoint(start)["global_step"]
         for logger in self.trainer.loggers:
-            if isinstance(logger, CSVLogger):
+            if isinstance(logger, CSVLogger) and rank_zero_only.rank == 0:
                 _keep_log(logger, step)
+
+
+def _complete(trainer: lightning.Trainer) -> None:
+    """Add the callbacks that every run has; those that the recipe names itself stay as they are."""
+    callbacks: list[lightning.Callback] = trainer.callbacks  # pyright: ignore
+    named = {type(callback) for callback in callbacks}
+    if Throughput not in named:
+        callbacks.append(Throughput(every=max(1, trainer.log_every_n_steps)))  # pyright: ignore
+    checkpoints = next((c for c in callbacks if isinstance(c, RunCheckpoints)), RunCheckpoints())
+    # Last: what they save and show holds what all others did in the step.
+    callbacks[:] = [c for c in callbacks if c is not checkpoints]
+    callbacks += [ShowSamples(), checkpoints, Preemption(checkpoints)]
 
 
 def _keep_log(logger: CSVLogger, step: int) -> None:
@@ -158,44 +124,6 @@ def _keep_log(logger: CSVLogger, step: int) -> None:
     logger.experiment.save()
 
 
-def newest_checkpoint(run: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run folder; damaged ones are passed over, with a warning."""
-    found = sorted(
-        Path(run, CHECKPOINTS).glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    for path in found:
-        try:
-            read_checkpoint(path)
-        except ValueError as error:
-            _log.warning("passed over: %s", error)
-        else:
-            return path
-    return None
-
-
-def read_checkpoint(path: str | Path, device: str = "meta") -> dict[str, Any]:
-    """What a checkpoint holds, its tensors on `device`; "meta" reads shapes alone.
-
-    Raises:
-        ValueError: it is missing, damaged, or holds more than tensors and plain data.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint")
-    try:
-        # torch.load does not compare checksums: a changed byte would become a changed weight.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: damaged or cut, or no checkpoint ({error})") from None
-    if damaged is not None:
-        raise ValueError(f"{path}: damaged: the bytes of {damaged} differ from their checksum")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # the reader's errors have no common class below this one
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: no checkpoint that can be read safely ({reason})") from None
-
-
 def launch(arguments: Sequence[str], *, subcommand: str = "fit") -> LightningCLI:
     """Run a recipe.
 
@@ -204,8 +132,11 @@ def launch(arguments: Sequence[str], *, subcommand: str = "fit") -> LightningCLI
         subcommand: "fit" or "validate".
 
     Raises:
-        ValueError: the recipe has an unknown or ill-typed key; names it.
+        ValueError: the recipe has an unknown or ill-typed key, or asks for what this machine does
+            not have; names it.
+        RunStopped: the run ended early, with an exit code of its own.
     """
+    keep_freed_memory()
     args: ArgsType = [subcommand, *arguments]
     with warnings.catch_warnings():
         for message, category in _EXPECTED:
@@ -225,62 +156,15 @@ def launch(arguments: Sequence[str], *, subcommand: str = "fit") -> LightningCLI
             )
         except (ArgumentError, MisconfigurationException, ValueError) as error:
             # Errors of data and files say themselves what is wrong and where.
-            if isinstance(error, ValueError) and _FRAME[0] not in str(error):
+            if isinstance(error, ValueError) and FRAME[0] not in str(error):
                 raise
-            raise ValueError(_explained(str(error), arguments)) from None
+            raise ValueError(_advised(explained(str(error), arguments))) from None
 
 
-def _explained(message: str, arguments: Sequence[str]) -> str:
-    """The complaint about a recipe in one line, with a hint for a misspelled key."""
-    recipes = [value for flag, value in itertools.pairwise(arguments) if flag in ("-c", "--config")]
-    where = ", ".join(recipes) or "recipe"
-    unknown = _UNKNOWN.search(message)
-    if unknown is None:
-        path = ".".join(_KEY.findall(message))
-        lines = [_KEY.split(line)[-1].strip(" -") for line in message.splitlines()]
-        told = " ".join(line for line in lines if line and not line.startswith(_FRAME))
-        return f"{where}: {path}: {told}"[:500] if path else f"{where}: {told}"[:500]
-    key = next(group for group in unknown.groups() if group)
-    known = sorted(_known_keys(recipes))
-    misspelled = next((part for part in key.split(".") if part not in known), key)
-    hint = did_you_mean(misspelled, known)
-    return f"{where}: unknown key {key!r}{hint}"
-
-
-def _known_keys(recipes: Sequence[str]) -> set[str]:
-    """Every key that the classes named in the recipes, or Lightning's trainer, would take."""
-    keys = {"model", "data", "trainer", "seed_everything", "ckpt_path", "class_path", "init_args"}
-    keys |= set(inspect.signature(lightning.Trainer.__init__).parameters)
-    for recipe in recipes:
-        for path in _class_paths(yaml.safe_load(Path(recipe).read_text())):
-            keys |= _parameters(path)
-    return keys - {"self"}
-
-
-def _class_paths(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        if isinstance(node.get("class_path"), str):
-            yield node["class_path"]
-        for value in node.values():
-            yield from _class_paths(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _class_paths(value)
-
-
-def _parameters(class_path: str) -> set[str]:
-    """Parameters of a class, and the fields of the config dataclasses among them."""
-    module, _, name = class_path.rpartition(".")
-    found = getattr(importlib.import_module(module), name, None) if module else None
-    if found is None:
-        return set()
-    keys = set(inspect.signature(found.__init__).parameters)
-    try:
-        hints = get_type_hints(found.__init__)
-    except NameError:  # a class of another package that imports its types for checkers alone
-        return keys
-    for hint in hints.values():
-        for part in (hint, *get_args(hint)):
-            if dataclasses.is_dataclass(part):
-                keys |= {field.name for field in dataclasses.fields(part)}
-    return keys
+def _advised(message: str) -> str:
+    """What a complaint about devices leaves out: what this machine has."""
+    if "accelerator" not in message.lower() and "gpu" not in message.lower():
+        return message
+    found = torch.cuda.device_count()
+    have = f"{found} GPUs" if found else "no GPU"
+    return f"{message}; this machine has {have}: set trainer.accelerator and trainer.devices"

@@ -41,3 +41,38 @@ def test_it_says_when_it_is_full() -> None:
     cache.advance(2)
     with pytest.raises(AssertionError, match="too short"):
         cache.write(0, x[:, :1], x[:, :1])
+
+
+def test_rows_of_another_cache_are_copied() -> None:
+    """A prompt that is read once and continued in many rows, of even and uneven lengths."""
+    for lengths in ([3, 3], [1, 3]):
+        source = KVCache(CONFIG, batch=2, max_length=3)
+        for layer in range(CONFIG.num_layers):
+            source.write(layer, torch.randn(2, 3, *HEADS), torch.randn(2, 3, *HEADS))
+        source.advance(3, torch.tensor(lengths))
+        cache = KVCache(CONFIG, batch=3, max_length=5)
+        cache.copy_rows(source, torch.tensor([1, 0, 1]))
+        assert cache.lengths.tolist() == [lengths[1], lengths[0], lengths[1]]
+        new = torch.randn(3, 1, *HEADS)
+        keys, values = cache.write(1, new, new)
+        for row, old in enumerate([1, 0, 1]):
+            length = lengths[old]
+            assert torch.equal(keys[row, :length], source.keys[1, old].transpose(0, 1)[:length])
+            assert torch.equal(values[row, :length], source.values[1, old].transpose(0, 1)[:length])
+            assert torch.equal(keys[row, length], new[row, 0])
+
+
+def test_a_static_cache_is_always_whole() -> None:
+    cache = KVCache(CONFIG, batch=2, max_length=8, static=True)
+    place = cache.lengths.data_ptr()
+    for count in (3, 1):
+        new = torch.randn(2, count, *HEADS)
+        keys, _ = cache.write(0, new, new)
+        assert keys.shape == (2, 8, *HEADS)
+        start = int(cache.lengths[0])
+        assert torch.equal(keys[:, start : start + count], new)
+        cache.advance(count)
+    assert cache.lengths.tolist() == [4, 4]
+    assert cache.lengths.data_ptr() == place
+    with pytest.raises(AssertionError, match="too short"):
+        cache.advance(5)

@@ -26,6 +26,10 @@ def test_defaults_fit_together() -> None:
         ({"d_model": 36, "num_heads": 4}, "must split into 4 heads of even width"),
         ({"d_model": 16, "num_heads": 4}, "heads at least 6 wide"),
         ({"num_heads": 4, "num_kv_heads": 3}, "num_heads 4 must be a multiple of num_kv_heads 3"),
+        ({"norm_order": "post"}, "norm_order 'post' must be 'pre' or 'swin'"),
+        ({"dropout": 1.0}, "dropout 1.0 must be 0 or more, and less than 1"),
+        ({"window": 0}, "window 0 must be above 0"),
+        ({"logit_cap": -1.0}, "logit_cap -1.0 must be above 0"),
         ({"rope_bases": (1e4, 1e4)}, "one base for each of t, h, w"),
     ],
 )

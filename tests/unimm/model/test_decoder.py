@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from unimm import ModelConfig, UnifiedLM
-from unimm.checkpoint import save_model
-from unimm.model import KVCache
+from unimm.model import ExpertsConfig, KVCache
+from unimm_tokenizers.storage import save_model
 
 VOCAB, LENGTH = 64, 24
 SHAPES = {
@@ -25,6 +25,21 @@ SHAPES = {
     ),
     "three bases": ModelConfig(
         vocab_size=VOCAB, d_model=32, num_layers=1, num_heads=2, rope_bases=(1e4, 100.0, 50.0)
+    ),
+    "swin": ModelConfig(
+        vocab_size=VOCAB, d_model=32, num_layers=2, num_heads=2, norm_order="swin", logit_cap=2.0
+    ),
+    "windowed": ModelConfig(
+        vocab_size=VOCAB,
+        d_model=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        window=LENGTH - 2,
+        full_every=2,
+    ),
+    "experts": ModelConfig(
+        vocab_size=VOCAB, d_model=32, num_layers=2, num_heads=2, experts=ExpertsConfig(every=2)
     ),
 }
 
@@ -131,7 +146,7 @@ def test_cached_equals_uncached(lm: UnifiedLM, chunks: list[int]) -> None:
         parts.append(lm.hidden(ids[:, new], positions[:, :, new], cache=cache))
         cache.advance(count)
         at += count
-    close(torch.cat(parts, 1) @ lm.head_weight.T, lm(ids, positions))
+    close(lm.cap(torch.cat(parts, 1) @ lm.head_weight.T), lm(ids, positions))
 
 
 @torch.no_grad()
@@ -149,7 +164,8 @@ def test_cached_positions_go_on_from_each_rows_length(lm: UnifiedLM) -> None:
 
 
 def test_gradients_reach_every_parameter(lm: UnifiedLM) -> None:
-    lm(random_ids(2, LENGTH), random_positions(2, LENGTH)).square().mean().backward()
+    # Enough ids that every expert is chosen by some.
+    lm(random_ids(4, LENGTH), random_positions(4, LENGTH)).square().mean().backward()
     for name, parameter in lm.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name

@@ -1,12 +1,26 @@
 """Recipes that train in a second, as data; tests change single keys."""
 
 import copy
-from collections.abc import Callable
+import csv
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+HERE = str(Path(__file__).parent)
+if HERE not in sys.path:  # for the processes of a run, which import `faults` by name
+    sys.path.insert(0, HERE)
+
+import faults  # noqa: E402  # found by the path above
 
 Recipe = dict[str, Any]
 
@@ -135,3 +149,103 @@ def language_recipe(tmp_path: Path, tokenizer_bundle: Path, token_shards: Path) 
         },
         "trainer": _trainer(tmp_path / "lm"),
     }
+
+
+class Ranks:
+    """Runs `unimm` in several processes at once, as torchrun would start them.
+
+    They are forked from a server that has imported everything and done nothing, so that a process
+    takes a fraction of a second to start instead of five.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        preloaded = ["faults", "unimm.training.launch", "unimm.data.module"]
+        self._context.set_forkserver_preload(preloaded)
+        with pytest.MonkeyPatch.context() as patched:
+            # Python 3.11 does not hand sys.path to the server, and preloads nothing without it.
+            patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            forkserver.ensure_running()
+
+    def start(self, world: int, *arguments: str, **environment: str) -> list[Any]:
+        """The processes of a run of `unimm ARGUMENTS`; with one of them, no process group."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = []
+        for rank in range(world):
+            variables = {"OMP_NUM_THREADS": "1", **environment}
+            if world > 1:
+                variables |= {
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "WORLD_SIZE": str(world),
+                    "LOCAL_WORLD_SIZE": str(world),
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "GROUP_RANK": "0",
+                    "TORCHELASTIC_RUN_ID": "test",
+                }
+            log = str(self._folder / f"rank-{rank}.log")
+            process = self._context.Process(
+                target=faults.process, args=(variables, list(arguments), log)
+            )
+            process.start()
+            started.append(process)
+        return started
+
+    def finish(self, started: list[Any], timeout: float = 240) -> list[int]:
+        """Their exit codes; a process that hangs fails the test, with what it wrote last."""
+        end = time.monotonic() + timeout
+        for process in started:
+            process.join(max(0.1, end - time.monotonic()))
+        hung = [process for process in started if process.is_alive()]
+        for process in hung:
+            process.kill()
+            process.join()
+        assert not hung, f"{len(hung)} processes hang: {self.log()}"
+        return [int(process.exitcode or 0) for process in started]
+
+    def run(self, world: int, *arguments: str, **environment: str) -> list[int]:
+        """Exit codes of a whole run."""
+        return self.finish(self.start(world, *arguments, **environment))
+
+    @contextmanager
+    def writing(self, path: str, temporary: str) -> Iterator[Any]:
+        """A process that has written a checkpoint three times and goes on."""
+        here, there = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=faults.write, args=(path, temporary, there))
+        process.start()
+        try:
+            for _ in range(3):
+                assert here.poll(60)
+                here.recv()
+            yield process
+        finally:
+            process.kill()
+            process.join()
+            here.close()
+            there.close()
+
+    def log(self, rank: int = 0) -> str:
+        """The end of what a process wrote."""
+        return (self._folder / f"rank-{rank}.log").read_text()[-6000:]
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Ranks:
+    return Ranks(tmp_path)
+
+
+@pytest.fixture
+def losses() -> Callable[[Path], dict[int, str]]:
+    """Step -> training loss, every digit of it, of a run's CSV log."""
+
+    def read(run: Path) -> dict[int, str]:
+        with (run / "logs/metrics.csv").open() as file:
+            return {
+                int(r["step"]): r["train/loss"] for r in csv.DictReader(file) if r["train/loss"]
+            }
+
+    return read
