@@ -1,15 +1,15 @@
 """Pictures, sounds, films and captions -> raw shards.
 
 A folder: files that differ only in their last extension are one sample ("cat.jpg", "cat.txt"). A
-table (.jsonl or .csv): a row is a sample; a field whose value ends in a media extension names a
-file beside the table; a field "txt", "text" or "caption" is the text; the fields that name no file
-become the sample's .json. Every file is decoded once, so that nothing damaged gets in; samples
-that are equal in every byte are kept once. The same source makes the same bytes.
+table (.jsonl, .csv or .parquet): a row is a sample; a field whose value ends in a media extension
+names a file beside the table, one that holds bytes is the file; a field "txt", "text" or "caption"
+is the text; the other fields become the sample's .json. Every file is decoded once, so that nothing
+damaged gets in; samples that are equal in every byte are kept once. The same source makes the same
+bytes.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
@@ -17,15 +17,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from unimm.data.manifest import Manifest, manifest_path
 from unimm.data.media import EXTENSIONS, FILMS, PICTURES, SOUNDS, MediaError, decode
 from unimm.data.shards import MAX_MEMBER, ShardWriter
+from unimm.data.tables import TABLES, kind_of, read_rows
 
 MEDIA = (*PICTURES, *SOUNDS, *FILMS)
 TEXT_FIELDS = ("txt", "text", "caption")
-TABLES = (".jsonl", ".csv")
 _log = logging.getLogger("unimm")
 
 
@@ -67,7 +67,7 @@ def make_raw_shards(
     """Write a folder or a table as raw shards with manifests, named after it.
 
     Args:
-        source: a folder (read with its subfolders), a .jsonl or a .csv file.
+        source: a folder (read with its subfolders), a .jsonl, a .csv or a .parquet file.
         out: folder of the shards. Shards of the same name are replaced, and those that an earlier,
             longer run left are removed.
         samples_per_shard: samples in every shard but the last.
@@ -87,7 +87,7 @@ def make_raw_shards(
     elif source.suffix.lower() in TABLES:
         sources = _table(source)
     else:
-        raise ValueError(f"{source}: give a folder, a .jsonl or a .csv file")
+        raise ValueError(f"{source}: give a folder, a .jsonl, a .csv or a .parquet file")
     _write(_usable(sources, summary), out, source.resolve().stem, samples_per_shard, summary)
     if not summary.samples:
         first = f"; the first: {': '.join(summary.skipped[0])}" if summary.skipped else ""
@@ -119,53 +119,36 @@ def _folder(source: Path, out: Path, summary: RawSummary) -> Iterator[_Source]:
 
 
 def _table(source: Path) -> Iterator[_Source]:
-    for number, row in _rows(source):
-        where = f"{source}: row {number}"
+    for number, row in read_rows(source):
         members: dict[str, Path | bytes] = {}
         plain: dict[str, Any] = {}
         for name, value in row.items():
-            suffix = Path(value).suffix[1:].lower() if isinstance(value, str) else ""
-            if suffix not in MEDIA:
+            found = _medium(value, source.parent)
+            if found is None:
                 plain[name] = value
-            elif suffix in members:
-                members[f"{name}.{suffix}"] = source.parent / str(value)
-            else:
-                members[suffix] = source.parent / str(value)
+                continue
+            extension, member = found
+            members[extension if extension not in members else f"{name}.{extension}"] = member
         text = next((plain[name] for name in TEXT_FIELDS if plain.get(name)), None)
         if text is not None:
             members["txt"] = str(text).encode()
         if plain:
-            members["json"] = json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()
-        yield _Source(where, members)
+            written = json.dumps(plain, sort_keys=True, ensure_ascii=False, default=str)
+            members["json"] = written.encode()
+        yield _Source(f"{source}: row {number}", members)
 
 
-def _rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Rows with their line numbers (jsonl) or numbers (csv), from 1."""
-    try:
-        with source.open(newline="", encoding="utf-8") as file:
-            yield from (_csv if source.suffix.lower() == ".csv" else _jsonl)(source, file)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{source}: not a table in UTF-8 ({error})") from None
-
-
-def _csv(source: Path, file: TextIO) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, row in enumerate(csv.DictReader(file), start=1):
-        if None in row or None in row.values():
-            raise ValueError(f"{source}: row {number} has not as many fields as the header")
-        yield number, row
-
-
-def _jsonl(source: Path, file: TextIO) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source}: row {number} is not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{source}: row {number} is no JSON object")
-        yield number, row
+def _medium(value: Any, folder: Path) -> tuple[str, Path | bytes] | None:
+    """Extension and file or bytes of a cell that is a medium; None of any other."""
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+        value = value["path"] if value["bytes"] is None else value["bytes"]
+    if isinstance(value, bytes):
+        # Bytes of no known kind get an extension that nothing decodes: the row is named.
+        return kind_of(value) or "bytes", value
+    if not isinstance(value, str):
+        return None
+    suffix = Path(value).suffix[1:].lower()
+    return (suffix, folder / value) if suffix in MEDIA else None
 
 
 def _usable(sources: Iterable[_Source], summary: RawSummary) -> Iterator[dict[str, bytes]]:
@@ -221,6 +204,10 @@ def _write(
                 summary.samples += 1
                 waiting = next(source, None)
         Manifest(
-            shard=path.name, samples=writer.samples, bytes=writer.bytes, sha256=writer.sha256
+            shard=path.name,
+            samples=writer.samples,
+            bytes=writer.bytes,
+            sha256=writer.sha256,
+            checks=tuple(writer.checks),
         ).write(out)
         summary.shards.append(path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unimm.checkpoint import read_json, sha256, write_json
+from unimm.data.shards import ShardReader, sample_check
 from unimm.vocabulary import Vocabulary
 from unimm_tokenizers.codec import config_from_dict
 
@@ -64,6 +65,9 @@ class Manifest:
         tokens: ids per modality, markers counted to their item (token shards).
         recipe: what the shard was made from (token shards).
         skipped: source samples left out, as `{"key": ..., "reason": ...}`.
+        checks: CRC-32 of every sample (raw shards), to find the damaged one by its key.
+        origin: where a remote raw shard came from and what its server said of its version.
+        device: what the codecs ran on; ids are the same on one kind of device only.
         format: version of this file's layout.
     """
 
@@ -75,6 +79,9 @@ class Manifest:
     tokens: Mapping[str, int] = field(default_factory=dict)
     recipe: Recipe | None = None
     skipped: tuple[Mapping[str, str], ...] = ()
+    checks: tuple[str, ...] = ()
+    origin: str = ""
+    device: str = ""
     format: int = FORMAT
 
     def write(self, folder: str | Path) -> None:
@@ -109,11 +116,27 @@ class Manifest:
             raise ValueError(f"{shard}: the shard is missing, its manifest is there; make it again")
         size = shard.stat().st_size
         if size != self.bytes:
+            where = self._damaged_sample(shard) if verify else shard
             raise ValueError(
-                f"{shard}: {size} bytes, its manifest says {self.bytes}; make it again"
+                f"{where}: the shard has {size} bytes, its manifest says {self.bytes}; "
+                f"make it again"
             )
         if verify and sha256(shard) != self.sha256:
-            raise ValueError(f"{shard}: its bytes differ from its manifest; make it again")
+            where = self._damaged_sample(shard)
+            raise ValueError(f"{where}: its bytes differ from its manifest; make it again")
+
+    def _damaged_sample(self, shard: Path) -> str:
+        """The first sample whose check differs, or the shard where that can't be told.
+
+        Raises:
+            ValueError: the tar itself is damaged.
+        """
+        samples = ShardReader(shard).samples
+        if len(samples) == len(self.checks):
+            for sample, check in zip(samples, self.checks, strict=True):
+                if sample_check({name: sample[name] for name in sample.members}) != check:
+                    return sample.where
+        return str(shard)
 
     def check_samples(self, shard: str | Path, samples: int) -> None:
         """Compare the number of samples that were found in a shard.

@@ -18,6 +18,7 @@ import itertools
 import os
 import re
 import tarfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -46,9 +47,9 @@ def expand(pattern: str | Path | Iterable[str | Path]) -> list[Path]:
             local path.
     """
     patterns = (
-        _split(str(pattern))
+        split_pattern(str(pattern))
         if isinstance(pattern, str | Path)
-        else [part for entry in pattern for part in _split(str(entry))]
+        else [part for entry in pattern for part in split_pattern(str(entry))]
     )
     found: dict[Path, None] = {}
     missing: list[str] = []
@@ -68,8 +69,8 @@ def expand(pattern: str | Path | Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def _split(pattern: str) -> list[str]:
-    """Cut at commas that stand outside braces."""
+def split_pattern(pattern: str) -> list[str]:
+    """Cut a pattern at the commas that stand outside braces."""
     parts, depth, start = [], 0, 0
     for at, character in enumerate(pattern):
         depth += (character == "{") - (character == "}")
@@ -86,7 +87,7 @@ def _matches(pattern: str) -> list[Path]:
     if path.exists():
         return [path]
     matches: list[Path] = []
-    for name in _braces(str(path)):
+    for name in braces(str(path)):
         if _WILD.search(name):
             matches += sorted(Path(match) for match in glob.glob(name))
         else:
@@ -94,7 +95,12 @@ def _matches(pattern: str) -> list[Path]:
     return matches
 
 
-def _braces(pattern: str) -> Iterator[str]:
+def braces(pattern: str) -> Iterator[str]:
+    """The names that a pattern's braces spell out: "{a,b}" and "{000..099}".
+
+    Raises:
+        ValueError: a range counts down.
+    """
     found = _BRACE.search(pattern)
     if found is None:
         yield pattern
@@ -108,7 +114,7 @@ def _braces(pattern: str) -> Iterator[str]:
     else:
         choices = found[1].split(",")
     for choice in choices:
-        yield from _braces(pattern[: found.start()] + choice + pattern[found.end() :])
+        yield from braces(pattern[: found.start()] + choice + pattern[found.end() :])
 
 
 class Member(NamedTuple):
@@ -278,21 +284,23 @@ class ShardReader:
 def _walk(path: Path, file: BinaryIO, length: int) -> Iterator[tuple[str, Member]]:
     """Names and places of the regular members of a tar of `length` bytes."""
     offset, name, size = 0, None, None
+    after = "at its beginning"  # the last whole member, for messages
     while True:
         file.seek(offset)
         header = file.read(BLOCK)
         if len(header) < BLOCK:
-            raise ValueError(f"{path}: cut at byte {length}: its end mark is missing")
+            raise ValueError(f"{path}: cut at byte {length}, {after}: its end mark is missing")
         if not any(header):
-            _require_end(path, file.read(), offset)
+            _require_end(path, file.read(), offset, after)
             return
         kind = header[156:157]
-        _require_checksum(path, header, offset)
+        _require_checksum(path, header, offset, after)
         count = size if size is not None and kind in _REGULAR else _number(header[124:136])
         start = offset + BLOCK
         offset = start + -(-count // BLOCK) * BLOCK
         if start + count > length:
-            raise ValueError(f"{path}: cut at byte {length}, inside the member at {start}")
+            inside = (name or _ustar_name(header)) if kind in _REGULAR else "a long name"
+            raise ValueError(f"{path}: cut at byte {length}, inside {inside}, {after}")
         if kind in (_LONG_NAME, _PAX):
             if count > 2**20:
                 raise ValueError(f"{path}: a name of {count} bytes at byte {start}")
@@ -304,28 +312,30 @@ def _walk(path: Path, file: BinaryIO, length: int) -> Iterator[tuple[str, Member
                 name = fields.get("path", name)
                 size = int(fields["size"]) if "size" in fields else None
         elif kind in _REGULAR:
-            yield name or _ustar_name(header), Member(start, count)
-            name, size = None, None
+            whole = name or _ustar_name(header)
+            yield whole, Member(start, count)
+            name, size, after = None, None, f"after {whole}"
         elif kind not in (_FOLDER, _PAX_GLOBAL):
-            raise ValueError(f"{path}: the member at byte {start} is a link or a device")
+            linked = name or _ustar_name(header)
+            raise ValueError(f"{path}: {linked!r} at byte {start} is a link or a device")
 
 
-def _require_end(path: Path, rest: bytes, offset: int) -> None:
+def _require_end(path: Path, rest: bytes, offset: int, after: str) -> None:
     if len(rest) < BLOCK:
         length = offset + BLOCK + len(rest)
-        raise ValueError(f"{path}: cut at byte {length}: its end mark is missing")
+        raise ValueError(f"{path}: cut at byte {length}, {after}: its end mark is missing")
     if rest.count(0) != len(rest):
-        raise ValueError(f"{path}: a block of zeros at byte {offset}, with data after it")
+        raise ValueError(f"{path}: a block of zeros at byte {offset}, {after}, data behind it")
 
 
-def _require_checksum(path: Path, header: bytes, offset: int) -> None:
+def _require_checksum(path: Path, header: bytes, offset: int, after: str) -> None:
     total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     try:
         stated = _number(header[148:156])
     except ValueError:
         stated = -1
     if total != stated:
-        raise ValueError(f"{path}: damaged tar header at byte {offset}")
+        raise ValueError(f"{path}: damaged tar header at byte {offset}, {after}")
 
 
 def _number(field: bytes) -> int:
@@ -363,7 +373,7 @@ class ShardWriter:
 
         with ShardWriter(path) as writer:
             writer.write("0001", {"txt": b"seven"})
-        writer.sha256, writer.bytes
+        writer.sha256, writer.bytes, writer.checks
 
     Args:
         path: the shard's own name; an existing file is replaced.
@@ -374,6 +384,7 @@ class ShardWriter:
         self.samples = 0
         self.bytes = 0
         self.sha256 = ""
+        self.checks: list[str] = []
 
     def __enter__(self) -> Self:
         self._replacing = replacing(self.path)
@@ -397,6 +408,7 @@ class ShardWriter:
             self._append(data)
             self._append(bytes(-len(data) % BLOCK))
         self.samples += 1
+        self.checks.append(sample_check(files))
 
     def _append(self, data: bytes) -> None:
         self._file.write(data)
@@ -409,6 +421,14 @@ class ShardWriter:
             self.sha256 = self._hash.hexdigest()
         self._file.close()
         self._replacing.__exit__(*error)  # type: ignore[arg-type]
+
+
+def sample_check(files: Mapping[str, bytes]) -> str:
+    """CRC-32 (hex) of a sample's files: finds which sample of a damaged shard it is."""
+    total = 0
+    for extension, data in files.items():
+        total = zlib.crc32(data, zlib.crc32(f"{extension} {len(data)} ".encode(), total))
+    return f"{total:08x}"
 
 
 def remove_abandoned(path: str | Path) -> None:

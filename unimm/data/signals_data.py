@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from unimm.data.loader import EpochOrder, Slice, worker_turns
 from unimm.data.media import decode
+from unimm.data.preparing import SignalForm
 from unimm.data.shards import Sample, ShardReader, expand
 from unimm.data.templates import KINDS
 from unimm.signals import Audio, Video
@@ -91,19 +92,6 @@ class SignalConfig:
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of signal in the batches."""
         return cast("tuple[Kind, ...]", tuple(self.modality.split("+")))
-
-
-@dataclass(frozen=True)
-class _Format:
-    """What the tokenizer's signal functions ask a codec for, without a codec."""
-
-    num_channels: int
-    sample_rate: int | None
-    fps: float
-
-    @property
-    def config(self) -> _Format:
-        return self
 
 
 class SignalDataset(Dataset[Tensor]):
@@ -194,7 +182,8 @@ class SignalDataset(Dataset[Tensor]):
         sample, extension = self._sources[index]
         item = decode(extension, sample[extension], sample.where)
         rate = item.fps if isinstance(item, Video) else 0.0
-        form = _Format(self.config.num_channels, self.config.sample_rate, self.config.fps or rate)
+        fps = self.config.fps or rate
+        form = SignalForm(self.config.num_channels, self.config.sample_rate, fps)
         codec = cast(Codec, form)
         if isinstance(item, Audio):
             return audio_signal(item, codec)

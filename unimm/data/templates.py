@@ -10,6 +10,10 @@ extension (`{png}`, `{left.jpg}`, `{wav}`, `{mp4}`); `{image}`, `{audio}`, `{vid
 of that kind there is; `{semantic}`, the picture written as semantic tokens. `{document}` stands
 alone: the sample's `document.json` is a list in which a member's extension stands for that member,
 "<user>" and "<assistant>" for turns, and anything else for itself. `{{` and `}}` are braces.
+
+Where a `{json...}` field is a list (several captions of a picture), one entry is drawn for each
+document. `shuffle` draws the order of the parts, `drop_condition` leaves all but the last one out.
+All draws are fixed by seed, shard name and key.
 """
 
 from __future__ import annotations
@@ -18,29 +22,38 @@ import hashlib
 import json
 import string
 from bisect import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import yaml
 from PIL import Image
 
 from unimm.checkpoint import did_you_mean
 from unimm.data.manifest import digest
-from unimm.data.media import FILMS, PICTURES, SOUNDS, MediaError, decode
+from unimm.data.media import (
+    FILMS,
+    PICTURES,
+    SOUNDS,
+    LongFile,
+    MediaError,
+    decode,
+    open_media,
+)
 from unimm.data.shards import Sample
-from unimm.signals import Audio, Document, Item, Semantic, Turn, Video
+from unimm.signals import Audio, Item, Semantic, Turn, Video
 
 KINDS = {"image": PICTURES, "audio": SOUNDS, "video": FILMS, "semantic": PICTURES}
 TEXTS = ("txt", "text")
 TURNS = ("<user>", "<assistant>")
 DOCUMENT = "document"
 DOCUMENT_FILE = "document.json"
+RawItem: TypeAlias = "Item | LongFile"
 
 
 class Piece(NamedTuple):
@@ -62,6 +75,7 @@ class Template:
         drop_condition: how often only the last part is kept, so that the model also learns its
             probability without a condition, which guidance needs (Ho and Salimans, arXiv
             2207.12598, section 3.2).
+        shuffle: draw the order of the parts anew for every document.
 
     Raises:
         ValueError: a part has an unknown field, or a number is out of range.
@@ -71,6 +85,7 @@ class Template:
     weight: float = 1.0
     name: str | None = None
     drop_condition: float = 0.0
+    shuffle: bool = False
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -84,6 +99,10 @@ class Template:
             )
         if any(piece.field == DOCUMENT for piece in self.pieces) and len(self.pieces) > 1:
             raise ValueError(f"template {self.label}: {{document}} must stand alone")
+        if self.shuffle and (len(self.parts) < 2 or any(piece.turn for piece in self.pieces)):
+            raise ValueError(
+                f"template {self.label}: shuffle needs two parts or more, and no turns among them"
+            )
 
     @property
     def label(self) -> str:
@@ -93,12 +112,18 @@ class Template:
     @cached_property
     def pieces(self) -> list[Piece]:
         """All parts, cut at their fields."""
-        return [piece for part in self.parts for piece in self._parse(part)]
+        return [piece for part in self._pieces_by_part for piece in part]
 
     @cached_property
-    def last(self) -> list[Piece]:
-        """The last part alone."""
-        return self._parse(self.parts[-1])
+    def _pieces_by_part(self) -> list[list[Piece]]:
+        return [self._parse(part) for part in self.parts]
+
+    def drawn(self, random: Random, *, drop_condition: bool) -> list[Piece]:
+        """The pieces of one document."""
+        parts = list(self._pieces_by_part)
+        if self.shuffle:
+            random.shuffle(parts)
+        return [piece for part in (parts[-1:] if drop_condition else parts) for piece in part]
 
     def _parse(self, part: str) -> list[Piece]:
         if part in TURNS:
@@ -231,27 +256,29 @@ class Fields:
 
     Args:
         sample: the raw sample.
+        long: kind -> number of values above which a sound or film is not decoded but handed on as
+            its file.
     """
 
-    def __init__(self, sample: Sample) -> None:
+    def __init__(self, sample: Sample, long: Mapping[str, int] | None = None) -> None:
         self.sample = sample
-        self._items: dict[str, Item] = {}
+        self._long = long or {}
+        self._items: dict[str, RawItem] = {}
+        self._texts: dict[str, list[str]] = {}
         self._json: object = None
 
-    def __getitem__(self, name: str) -> Item:
+    def __getitem__(self, name: str) -> RawItem:
         if name not in self._items:
             self._items[name] = self._read(name)
         return self._items[name]
 
-    def _read(self, name: str) -> Item:
+    def _read(self, name: str) -> RawItem:
         if name == "semantic":
             picture = self["image"]
             assert isinstance(picture, Image.Image)
             return Semantic(picture)
         if name in KINDS:
             return self[self._extension(name)]
-        if name.startswith("json."):
-            return self._field(name)
         return self.member("txt" if name == "text" else name)
 
     def _extension(self, kind: str) -> str:
@@ -262,12 +289,19 @@ class Fields:
             )
         return found
 
-    def member(self, extension: str) -> Item:
+    def member(self, extension: str) -> RawItem:
         """The text, picture, sound or film in a file."""
         if extension not in self.sample:
             raise self._error(
                 f"a template wants {{{extension}}}, but the sample has only {self.sample.listed}"
             )
+        kind = modality_of_field(extension) or ""
+        if kind in self._long:
+            data = self.sample[extension]
+            media = open_media(extension, data, self.sample.where)
+            if media.reader.values > self._long[kind]:
+                return LongFile(extension, data, self.sample.where)
+            return media.whole()
         item = decode(extension, self.sample[extension], self.sample.where)
         if not isinstance(item, str | Image.Image | Audio | Video):
             raise self._error(f".{extension} is no item of a document")
@@ -275,7 +309,14 @@ class Fields:
             raise self._error(f".{extension} is empty")
         return item
 
-    def _field(self, name: str) -> str:
+    def text(self, name: str, random: Random) -> str:
+        """What a field of the JSON file says; of a list, one entry is drawn."""
+        if name not in self._texts:
+            self._texts[name] = self._field(name)
+        texts = self._texts[name]
+        return texts[0] if len(texts) == 1 else random.choice(texts)
+
+    def _field(self, name: str) -> list[str]:
         if self._json is None:
             if "json" not in self.sample:
                 raise self._error(
@@ -290,9 +331,10 @@ class Fields:
                     f".json has no {part!r} for {{{name}}}{did_you_mean(part, known)}"
                 )
             value = value[part]
-        if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+        entries = value if isinstance(value, list) else [value]
+        if not entries or not all(_is_text(entry) for entry in entries):
             raise self._error(f"{{{name}}} is no text and no number: {json.dumps(value)[:60]}")
-        return str(value)
+        return [str(entry) for entry in entries]
 
     def order(self) -> list[str]:
         """The entries of `document.json`."""
@@ -309,27 +351,33 @@ class Fields:
         return MediaError(self.sample.where, reason)
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
+
+
 def make_document(
-    fields: Fields | Sample, template: Template, *, drop_condition: bool = False
-) -> Document:
+    fields: Fields | Sample, template: Template, *, drop_condition: bool = False, seed: int = 0
+) -> list[RawItem]:
     """A sample, written as a template says; neighbouring texts are joined.
 
     Args:
         fields: the sample, or its fields, which share decoded media between templates.
         template: how to write it.
         drop_condition: keep only the last part.
+        seed: decides the order of shuffled parts, and which of several captions is taken.
 
     Raises:
         MediaError: a file that the template wants is missing or damaged; names shard and key.
     """
     fields = Fields(fields) if isinstance(fields, Sample) else fields
-    pieces = template.last if drop_condition else template.pieces
-    items: Iterable[Item]
+    random = Random(seed)
+    pieces = template.drawn(random, drop_condition=drop_condition)
+    items: Iterable[RawItem]
     if pieces and pieces[0].field == DOCUMENT:
         items = [_entry(fields, entry) for entry in fields.order()]
     else:
-        items = [_item(fields, piece) for piece in pieces]
-    document: Document = []
+        items = [_item(fields, piece, random) for piece in pieces]
+    document: list[RawItem] = []
     for item in items:
         if isinstance(item, str) and document and isinstance(document[-1], str):
             document[-1] = document[-1] + item
@@ -340,13 +388,15 @@ def make_document(
     return document
 
 
-def _item(fields: Fields, piece: Piece) -> Item:
+def _item(fields: Fields, piece: Piece, random: Random) -> RawItem:
+    if piece.field.startswith("json."):
+        return fields.text(piece.field, random)
     if piece.field:
         return fields[piece.field]
     return _turn(piece.turn) if piece.turn else piece.literal
 
 
-def _entry(fields: Fields, entry: str) -> Item:
+def _entry(fields: Fields, entry: str) -> RawItem:
     if entry in TURNS:
         return _turn(entry)
     return fields.member(entry) if entry in fields.sample else entry
@@ -357,10 +407,11 @@ def _turn(marker: str) -> Turn:
 
 
 class Draw(NamedTuple):
-    """A template for one document, and whether its condition is left out."""
+    """A template for one document, whether its condition is left out, and a seed for the rest."""
 
     template: Template
     drop_condition: bool
+    seed: int
 
 
 class Drawing:
@@ -389,7 +440,7 @@ class Drawing:
     def __call__(self, sample: Sample) -> list[Draw]:
         """The draws of one sample."""
         name = f"{self.seed}\0{sample.shard.name}\0{sample.key}"
-        random = Random(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
+        random = Random(_number(name))
         if self.documents_per_sample is None:
             chosen = self.templates
         else:
@@ -401,15 +452,27 @@ class Drawing:
                 self.templates[min(bisect(self._ends, (start + i) / count), last)]
                 for i in range(count)
             ]
-        return [Draw(template, random.random() < template.drop_condition) for template in chosen]
+        return [
+            Draw(template, random.random() < template.drop_condition, _number(f"{name}\0{number}"))
+            for number, template in enumerate(chosen)
+        ]
 
     @property
     def digest(self) -> str:
         """sha256 (hex) of everything that decides the draws."""
         return digest(
             {
-                "templates": [asdict(template) for template in self.templates],
+                "templates": [_facts(template) for template in self.templates],
                 "documents_per_sample": self.documents_per_sample,
                 "seed": self.seed,
             }
         )
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def _facts(template: Template) -> dict[str, object]:
+    """What the digest of a template is made of; an option that is off leaves older ones alone."""
+    return {k: v for k, v in asdict(template).items() if k != "shuffle" or v}

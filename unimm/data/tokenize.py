@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import platform
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,18 +26,21 @@ from numpy.typing import NDArray
 import unimm
 from unimm.checkpoint import sha256
 from unimm.data.batch import Layouts, Structure, structure_of
+from unimm.data.coding import Coder, Slot
 from unimm.data.manifest import Manifest, Recipe, digest, manifest_path
-from unimm.data.media import MediaError
+from unimm.data.prefetch import Prefetch
+from unimm.data.preparing import Prepared, Preparer
 from unimm.data.shards import Sample, ShardReader, ShardWriter, remove_abandoned
-from unimm.data.templates import Draw, Drawing, Fields, Template, check_templates, make_document
-from unimm.sequence import Segment
-from unimm.signals import Document, Item
+from unimm.data.sources import Source
+from unimm.data.templates import Drawing, Template, check_templates
 from unimm.tokenizer import UnifiedTokenizer
 from unimm.vocabulary import MODALITIES, Vocabulary
 
 IDS_FILE = "ids.npy"
 META_FILE = "meta.json"
 NPY_HEADER = 128
+PREFETCH_BYTES = 2**28  # of decoded signals that wait for the codecs
+WAITING_SAMPLES = 16  # batches' worth of samples that may wait for a batch of theirs to fill
 _log = logging.getLogger("unimm")
 
 
@@ -48,31 +52,34 @@ class TokenizeConfig:
         documents_per_sample: templates drawn for each sample; None writes every template once.
         seed: of the draws.
         max_skipped: share of a shard's samples that may be unusable; one always may.
-        window: samples whose media are coded together.
-        verify: compare every byte of a raw shard with its manifest, where it has one.
+        batch_size: signals of one shape that are coded together, at most.
+        decoders: threads that read and decode beside the codecs; 0 decodes between them.
+        verify: compare also shards that are committed already with every byte of their source and
+            manifest; what is tokenized is always compared with the manifest of its source.
     """
 
     documents_per_sample: int | None = 1
     seed: int = 0
     max_skipped: float = 0.001
-    window: int = 64
+    batch_size: int = 64
+    decoders: int = 1
     verify: bool = False
 
     def __post_init__(self) -> None:
-        if self.window < 1 or not 0 <= self.max_skipped <= 1:
+        if self.batch_size < 1 or self.decoders < 0 or not 0 <= self.max_skipped <= 1:
             raise ValueError(
-                f"window must be at least 1 and max_skipped in [0, 1], got {self.window} and "
-                f"{self.max_skipped}"
+                f"batch_size must be at least 1, decoders at least 0 and max_skipped in [0, 1], "
+                f"got {self.batch_size}, {self.decoders} and {self.max_skipped}"
             )
 
 
-class TokenDocument(NamedTuple):
-    """One document of a token shard: ids int64 (T,), template, key of the raw sample, items."""
+class Progress(NamedTuple):
+    """How far a shard is: samples done of all, documents and ids per modality so far."""
 
-    ids: torch.Tensor
-    template: str
-    source: str
-    structure: Structure
+    samples: int
+    total: int
+    documents: int
+    tokens: Mapping[str, int]
 
 
 def coder_hashes(tokenizer: UnifiedTokenizer) -> dict[str, str]:
@@ -90,6 +97,9 @@ def coder_hashes(tokenizer: UnifiedTokenizer) -> dict[str, str]:
     return hashes
 
 
+Decoding = Callable[[Preparer, Sequence[Sample]], Iterator[Prepared]]
+
+
 class ShardTokenizer:
     """Tokenizer, templates and draws, checked against each other once for many shards.
 
@@ -97,6 +107,7 @@ class ShardTokenizer:
         tokenizer: codes the items; its codecs' device does the work.
         templates: how samples become documents.
         config: draws, seed, what may be skipped.
+        decoding: how samples are prepared, in their order; threads of this process when None.
 
     Raises:
         ValueError: a template needs a modality that the tokenizer does not have.
@@ -107,88 +118,98 @@ class ShardTokenizer:
         tokenizer: UnifiedTokenizer,
         templates: Sequence[Template],
         config: TokenizeConfig | None = None,
+        *,
+        decoding: Decoding | None = None,
     ) -> None:
         self.config = config or TokenizeConfig()
         check_templates(templates, tokenizer.vocabulary.modalities)
         self.tokenizer = tokenizer
         self.draw = Drawing(templates, self.config.documents_per_sample, self.config.seed)
+        self._preparer = Preparer(tokenizer, self.draw)
+        self._decoding = decoding or self._in_threads
         self._coders = coder_hashes(tokenizer)
         self._layouts = Layouts(tokenizer.grammar)
         self._dtype = ids_dtype(tokenizer.vocabulary)
 
-    def recipe(self, source: str | Path) -> Recipe:
+    def recipe(self, source: str) -> Recipe:
         """What decides the token shard of a raw shard.
 
-        Raises:
-            ValueError: the raw shard is missing, or is not the one of its manifest.
+        Args:
+            source: sha256 (hex) of the raw shard.
         """
         return Recipe(
-            source=_source_hash(Path(source), verify=self.config.verify),
+            source=source,
             vocabulary=self.tokenizer.vocabulary.fingerprint,
             coders=self._coders,
             templates=self.draw.digest,
             version=unimm.__version__,
         )
 
-    def committed(self, source: str | Path, out: str | Path) -> Manifest | None:
+    def committed(self, source: Source | str | Path, out: str | Path) -> Manifest | None:
         """The manifest of a token shard that is there already; None where it is not.
 
         Raises:
             ValueError: it was made from something else.
         """
-        shard = Path(out) / Path(source).name
+        source, verify = Source.of(source), self.config.verify
+        shard = Path(out) / source.name
         if not manifest_path(shard).exists():
             return None
         manifest = Manifest.read(shard)
         if manifest.recipe is None:
             raise ValueError(f"{shard}: a raw shard stands here; write to another folder")
-        difference = manifest.recipe.difference(self.recipe(source))
+        if not verify and manifest.origin and manifest.origin == source.origin():
+            known = manifest.recipe.source
+        else:
+            with source.local(out) as path:
+                known = _source_hash(path, verify=verify)
+        difference = manifest.recipe.difference(self.recipe(known))
         if difference:
             raise ValueError(
                 f"{shard}: was made with {difference}; write to another folder, or overwrite it"
             )
-        manifest.check(shard)
+        manifest.check(shard, verify=verify)
         return manifest
 
     def run(
         self,
-        source: str | Path,
+        source: Source | str | Path,
         out: str | Path,
-        on_progress: Callable[[float], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
     ) -> Manifest:
         """Tokenize one raw shard into `out`, under its own file name.
 
         Args:
             source: the raw shard.
             out: folder of the token shards; not the raw shard's own.
-            on_progress: told the share of the shard that is done, now and then.
+            on_progress: told now and then how far the shard is.
 
         Raises:
             ValueError: the raw shard is damaged, or too many of its samples are unusable.
         """
-        source, shard = Path(source), Path(out) / Path(source).name
-        if shard.resolve() == source.resolve():
+        source = Source.of(source)
+        shard = Path(out) / source.name
+        if source.path is not None and shard.resolve() == source.path.resolve():
             raise ValueError(f"{source}: token shards would replace raw ones; name another folder")
-        recipe = self.recipe(source)
-        reader = ShardReader(source)
-        if manifest_path(source).exists():
-            Manifest.read(source).check_samples(source, len(reader))
-        remove_abandoned(shard)
-        manifest_path(shard).unlink(missing_ok=True)  # what is about to be replaced is void
-        skipped = _Skipped(source, len(reader), self.config.max_skipped)
-        tokens: Counter[str] = Counter()
-        with ShardWriter(shard) as writer:
-            for start in range(0, len(reader), self.config.window):
-                samples = reader.samples[start : start + self.config.window]
-                for sample, documents in self._window(samples, skipped):
+        origin = source.origin()
+        with source.local(out) as path:
+            reader = _checked_reader(path)
+            recipe = self.recipe(_source_hash(path, verify=True))
+            remove_abandoned(shard)
+            manifest_path(shard).unlink(missing_ok=True)  # what is about to be replaced is void
+            skipped = _Skipped(path, len(reader), self.config.max_skipped)
+            tokens: Counter[str] = Counter()
+            done = 0
+            with ShardWriter(shard) as writer:
+                for key, documents in self._documents(reader.samples, skipped):
+                    done += 1
                     for number, document in enumerate(documents):
-                        key = f"{sample.key}-{number}"
-                        writer.write(key, self._files(document))
+                        writer.write(f"{key}-{number}", self._files(document))
                         tokens.update(self._count(document))
-                if on_progress is not None:
-                    on_progress(min(1.0, (start + len(samples)) / len(reader)))
-            if writer.samples == 0:
-                raise ValueError(f"{source}: holds no usable sample {skipped.example}".rstrip())
+                    if on_progress is not None:
+                        on_progress(Progress(done, len(reader), writer.samples, tokens))
+                if writer.samples == 0:
+                    raise ValueError(f"{path}: holds no usable sample {skipped.example}".rstrip())
         manifest = Manifest(
             shard=shard.name,
             samples=writer.samples,
@@ -198,72 +219,60 @@ class ShardTokenizer:
             tokens={m: tokens[m] for m in MODALITIES if tokens[m]},
             recipe=recipe,
             skipped=tuple(skipped.entries),
+            origin=origin,
+            device=_device_name(self.tokenizer),
         )
         manifest.write(shard.parent)
         return manifest
 
-    def _window(
+    def _in_threads(self, preparer: Preparer, samples: Sequence[Sample]) -> Iterator[Prepared]:
+        prefetch = Prefetch(
+            preparer,
+            lambda prepared: prepared.bytes,
+            threads=self.config.decoders,
+            ahead=2 * self.config.batch_size,
+            budget=PREFETCH_BYTES,
+        )
+        return prefetch(samples)
+
+    def _documents(
         self, samples: Sequence[Sample], skipped: _Skipped
-    ) -> Iterator[tuple[Sample, list[TokenDocument]]]:
-        """The documents of a few samples; their media are coded together."""
-        ready: list[tuple[Sample, list[tuple[Draw, Document]]]] = []
-        for sample in samples:
+    ) -> Iterator[tuple[str, list[_Document]]]:
+        """The documents of all samples, in order; none for those that are left out."""
+        coder = Coder(self.tokenizer, self.config.batch_size)
+        waiting: deque[tuple[Sample, Prepared, list[Slot]]] = deque()
+        most = WAITING_SAMPLES * self.config.batch_size
+        for sample, prepared in zip(samples, self._decoding(self._preparer, samples), strict=True):
+            waiting.append((sample, prepared, [coder.add(part) for part in prepared.parts]))
+            while len(waiting) > most and not _done(waiting[0]):
+                coder.relieve()
+            while waiting and _done(waiting[0]):
+                yield self._finished(*waiting.popleft(), skipped)
+        coder.flush()
+        while waiting:
+            yield self._finished(*waiting.popleft(), skipped)
+
+    def _finished(
+        self, sample: Sample, prepared: Prepared, slots: Sequence[Slot], skipped: _Skipped
+    ) -> tuple[str, list[_Document]]:
+        error = prepared.error or next((slot.error for slot in slots if slot.error), "")
+        if error:
+            skipped.add(sample, error)
+            return sample.key, []
+        documents = []
+        for template, places in prepared.documents:
+            parts = [slots[place].segment for place in places]
+            segments = [segment for segment in parts if segment is not None]
+            assert len(segments) == len(places)
             try:
-                fields = Fields(sample)
-                ready.append(
-                    (
-                        sample,
-                        [
-                            (
-                                draw,
-                                make_document(
-                                    fields, draw.template, drop_condition=draw.drop_condition
-                                ),
-                            )
-                            for draw in self.draw(sample)
-                        ],
-                    )
-                )
-            except ValueError as error:
-                skipped.add(sample, error)
-        try:
-            coded = self._code(ready)
-        except ValueError:
-            # A codec refused one of the items: code the samples one by one to find whose it is.
-            for sample, documents in ready:
-                try:
-                    coded = self._code([(sample, documents)])
-                except ValueError as error:
-                    skipped.add(sample, error)
-                else:
-                    yield sample, coded[0]
-            return
-        for (sample, _), documents in zip(ready, coded, strict=True):
-            yield sample, documents
+                ids = self.tokenizer.grammar.encode(segments)
+            except ValueError as refused:  # an item too large for its size to be written
+                skipped.add(sample, str(refused))
+                return sample.key, []
+            documents.append(_Document(ids, template, sample.key, structure_of(segments)))
+        return sample.key, documents
 
-    def _code(
-        self, ready: Sequence[tuple[Sample, Sequence[tuple[Draw, Document]]]]
-    ) -> list[list[TokenDocument]]:
-        """Documents -> ids; an item that several documents of a sample hold is coded once."""
-        items: dict[int, Item] = {
-            id(item): item
-            for _, documents in ready
-            for _, document in documents
-            for item in document
-        }
-        segments = dict(zip(items, self.tokenizer.encode_items(list(items.values())), strict=True))
-        coded = []
-        for sample, documents in ready:
-            written = []
-            for draw, document in documents:
-                parts: list[Segment] = [segments[id(item)] for item in document]
-                ids = self.tokenizer.grammar.encode(parts)
-                label = draw.template.label
-                written.append(TokenDocument(ids, label, sample.key, structure_of(parts)))
-            coded.append(written)
-        return coded
-
-    def _files(self, document: TokenDocument) -> dict[str, bytes]:
+    def _files(self, document: _Document) -> dict[str, bytes]:
         meta = {
             "template": document.template,
             "source": document.source,
@@ -275,10 +284,41 @@ class ShardTokenizer:
             META_FILE: json.dumps(meta, separators=(",", ":")).encode(),
         }
 
-    def _count(self, document: TokenDocument) -> dict[str, int]:
+    def _count(self, document: _Document) -> dict[str, int]:
         layout = self._layouts(document.structure, document.ids.numpy())
         counts = np.bincount(layout.modality, minlength=len(MODALITIES))
         return dict(zip(MODALITIES, counts.tolist(), strict=True))
+
+
+class _Document(NamedTuple):
+    """One document of a token shard: ids int64 (T,), template, key of the raw sample, items."""
+
+    ids: torch.Tensor
+    template: str
+    source: str
+    structure: Structure
+
+
+def _done(waiting: tuple[Sample, Prepared, list[Slot]]) -> bool:
+    return all(slot.done for slot in waiting[2])
+
+
+def _checked_reader(path: Path) -> ShardReader:
+    """A raw shard, its number of samples compared with its manifest, where it has one."""
+    reader = ShardReader(path)
+    if manifest_path(path).exists():
+        Manifest.read(path).check_samples(path, len(reader))
+    return reader
+
+
+def _device_name(tokenizer: UnifiedTokenizer) -> str:
+    codec = next(iter(tokenizer.codecs.values()), None)
+    if codec is None:
+        return ""
+    device = next(codec.parameters()).device
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"{device.type} {platform.machine()}"
 
 
 class _Skipped:
@@ -290,16 +330,15 @@ class _Skipped:
         self._allowed = max(1, int(share * samples))
         self.entries: list[dict[str, str]] = []
 
-    def add(self, sample: Sample, error: ValueError) -> None:
+    def add(self, sample: Sample, reason: str) -> None:
         """Count a sample; raise when there are too many."""
-        reason = error.reason if isinstance(error, MediaError) else str(error)
         self.entries.append({"key": sample.key, "reason": reason})
         _log.warning("%s: skipped: %s", sample.where, reason)
         if len(self.entries) > self._allowed:
             raise TooManySkippedError(
                 f"{self._source}: more than {self._allowed} of {self._samples} samples are "
                 f"unusable {self.example}; repair them or raise max_skipped"
-            ) from None
+            )
 
     @property
     def example(self) -> str:
@@ -313,7 +352,7 @@ class TooManySkippedError(ValueError):
 
 
 def tokenize_shard(
-    source: str | Path,
+    source: Source | str | Path,
     out: str | Path,
     tokenizer: UnifiedTokenizer,
     templates: Sequence[Template],

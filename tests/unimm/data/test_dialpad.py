@@ -129,7 +129,7 @@ def test_mask_covers_stroke_area() -> None:
 
 
 @pytest.mark.parametrize(
-    ("direction", "x", "y"), [("left", -16, 0), ("right", 16, 0), ("up", 0, -16), ("down", 0, 16)]
+    ("direction", "x", "y"), [("left", -8, 0), ("right", 8, 0), ("up", 0, -8), ("down", 0, 8)]
 )
 def test_film_moves_in_its_direction_and_stays_whole(direction: str, x: int, y: int) -> None:
     scene = next(scene for i in range(100) if (scene := make_scene(2, i)).direction == direction)

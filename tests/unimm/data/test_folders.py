@@ -1,14 +1,18 @@
 import csv
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
 from unimm.data.folders import make_raw_shards
 from unimm.data.manifest import Manifest
 from unimm.data.shards import ShardReader, expand
+from unimm.data.tables import kind_of
 
 
 def samples_of(out: Path) -> list[dict[str, bytes]]:
@@ -150,7 +154,7 @@ def test_a_file_that_a_row_names_in_vain_is_named(media: Path) -> None:
         ("t.csv", "a,b\n1,caf\xe9\n", "not a table in UTF-8"),
         ("t.jsonl", '{"a": "caf\xe9"}', "not a table in UTF-8"),
         ("t.jsonl", "", "holds no usable sample"),
-        ("t.parquet", "x", r"give a folder, a \.jsonl or a \.csv file"),
+        ("t.xlsx", "x", r"give a folder, a \.jsonl, a \.csv or a \.parquet file"),
     ],
 )
 def test_damaged_tables(media: Path, name: str, text: str, reason: str) -> None:
@@ -173,3 +177,55 @@ def test_two_files_of_one_name_and_kind_are_refused(folder: Path, tmp_path: Path
     (folder / "zero.PNG").write_bytes((folder / "zero.png").read_bytes())
     with pytest.raises(ValueError, match=r"a second \.png of this name"):
         make_raw_shards(folder, tmp_path / "out")
+
+
+# Parquet
+
+
+def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    table = pytest.importorskip("pyarrow", reason="Parquet tables need pyarrow")
+    from_rows = table.Table.from_pylist(rows)
+    pytest.importorskip("pyarrow.parquet").write_table(from_rows, path)
+    return path
+
+
+def test_a_parquet_table_holds_files_or_names_them(media: Path, make: Any) -> None:
+    rows: list[dict[str, Any]] = [
+        {"image": {"bytes": make.png(3), "path": None}, "file": None, "captions": ["a", "b"]},
+        {"image": {"bytes": None, "path": "zero.png"}, "file": None, "captions": ["c"]},
+        {"image": None, "file": make.wav(0), "captions": []},
+        {"image": None, "file": make.gif(0), "captions": []},
+    ]
+    summary = make_raw_shards(parquet(media / "t.parquet", rows), media / "out")
+    assert (summary.samples, summary.skipped) == (4, [])
+    first, second, third, fourth = samples_of(media / "out")
+    assert first["png"] == make.png(3)
+    assert json.loads(first["json"])["captions"] == ["a", "b"]
+    assert second["png"] == make.png(0)
+    assert third["wav"] == make.wav(0)
+    assert fourth["gif"] == make.gif(0)
+
+
+def test_a_damaged_parquet_table_and_unknown_bytes_are_named(media: Path) -> None:
+    path = parquet(media / "t.parquet", [{"file": b"\x80\x04pickle"}, {"text": "seven"}])
+    summary = make_raw_shards(path, media / "out")
+    assert [name for name, _ in summary.skipped] == [f"{path}: row 1"]
+    assert "no decoder for .bytes" in summary.skipped[0][1]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"t\.parquet: damaged table after row 0"):
+        make_raw_shards(path, media / "out")
+
+
+@pytest.mark.parametrize("extension", ["png", "wav", "gif", "jpg", "webp", "flac", "ogg", "mp3"])
+def test_media_are_known_by_their_first_bytes(make: Any, extension: str) -> None:
+    if extension in ("png", "jpg", "webp"):
+        data = make.png(0, form={"jpg": "JPEG"}.get(extension, extension.upper()))
+    elif extension in ("wav", "gif"):
+        data = make.wav(0) if extension == "wav" else make.gif(0)
+    else:
+        stream = io.BytesIO()
+        noise = np.random.default_rng(0).normal(0, 0.1, 8000)
+        soundfile.write(stream, noise, 8000, format=extension.upper())
+        data = stream.getvalue()
+    assert kind_of(data) == extension
+    assert kind_of(b"\x80\x04") is kind_of(b"RIFF....AVI ") is None

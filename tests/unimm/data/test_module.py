@@ -178,12 +178,12 @@ def test_the_trainers_processes_share_the_rows(tokens: Path, bundle: Path) -> No
     """Two ranks of batch size 2 make what one rank of batch size 4 makes."""
 
     class Rank:
-        world_size = 2
         strategy = lightning.Trainer(logger=False, accelerator="cpu").strategy
         fit_loop = lightning.Trainer(logger=False, accelerator="cpu").fit_loop
+        default_root_dir = str(tokens.parent)
 
         def __init__(self, rank: int) -> None:
-            self.global_rank = rank
+            self.distributed_sampler_kwargs = {"num_replicas": 2, "rank": rank}
 
     whole = TokenDataModule(str(bundle), str(tokens), row_length=96, batch_size=4)
     whole.setup("fit")

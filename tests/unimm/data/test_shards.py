@@ -235,6 +235,26 @@ def test_a_flipped_payload_bit_is_found_by_the_manifest(shard: Path) -> None:
         manifest.check(shard, verify=True)
 
 
+def test_the_sample_with_the_flipped_bit_is_named(make: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with ShardWriter(path) as writer:
+        for number in range(4):
+            writer.write(f"{number}", make.sample(number))
+    manifest = Manifest(
+        shard=path.name,
+        samples=4,
+        bytes=writer.bytes,
+        sha256=writer.sha256,
+        checks=tuple(writer.checks),
+    )
+    manifest.check(path, verify=True)
+    data = bytearray(path.read_bytes())
+    data[ShardReader(path).samples[2].members["wav"].offset + 99] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.tar: sample 2: its bytes differ"):
+        manifest.check(path, verify=True)
+
+
 def test_a_missing_member_is_found_by_the_manifest(shard: Path) -> None:
     manifest = Manifest(shard=shard.name, samples=4, bytes=1, sha256="")
     write(shard, {"0.txt": b"a"})

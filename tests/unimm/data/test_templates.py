@@ -290,3 +290,56 @@ def test_defaults_follow_the_first_sample(sample: Sample, make: Any) -> None:
     assert [t.parts for t in default_templates(bare, ("text", "image"))] == [["{image}"]]
     with pytest.raises(ValueError, match="nothing that the tokenizer writes"):
         default_templates(bare, ("text", "audio"))
+
+
+# Orders and captions that are drawn
+
+
+def test_parts_come_in_a_drawn_order(sample: Sample) -> None:
+    template = Template(["{txt}", "{png}", "{wav}"], shuffle=True)
+    orders = Counter(
+        tuple(str(kind) for kind in kinds(make_document(sample, template, seed=seed)))
+        for seed in range(300)
+    )
+    assert len(orders) == 6
+    assert min(orders.values()) > 25
+    last = kinds(make_document(sample, template, drop_condition=True, seed=3))
+    assert last == kinds(make_document(sample, template, seed=3))[-1:]
+    assert kinds(make_document(sample, template, seed=9)) == kinds(
+        make_document(sample, template, seed=9)
+    )
+
+
+@pytest.mark.parametrize("parts", [["{txt}"], ["<user>", "{txt}", "<assistant>", "{png}"]])
+def test_what_has_no_other_order_is_not_shuffled(parts: list[str]) -> None:
+    with pytest.raises(ValueError, match="shuffle needs two parts or more, and no turns"):
+        Template(parts, shuffle=True)
+
+
+def test_one_of_several_captions_is_drawn(make: Any) -> None:
+    files = {"json": json.dumps({"captions": ["one", "two", 3], "none": []}).encode()}
+    (sample,) = ShardReader(make.shard([files])).samples
+    template = Template(["{json.captions}"])
+    drawn = Counter(make_document(sample, template, seed=seed)[0] for seed in range(300))
+    assert set(drawn) == {"one", "two", "3"}
+    assert min(drawn.values()) > 70
+    with pytest.raises(MediaError, match=r"\{json\.none\} is no text and no number: \[\]"):
+        make_document(sample, Template(["{json.none}"]))
+
+
+def test_documents_of_one_sample_draw_differently(make: Any) -> None:
+    files = {"json": json.dumps({"captions": [str(n) for n in range(50)]}).encode()}
+    (sample,) = ShardReader(make.shard([files])).samples
+    drawing = Drawing([Template(["{json.captions}"])], documents_per_sample=8)
+    documents = [make_document(sample, d.template, seed=d.seed)[0] for d in drawing(sample)]
+    assert len(set(documents)) > 4
+    again = [make_document(sample, d.template, seed=d.seed)[0] for d in drawing(sample)]
+    assert documents == again
+
+
+def test_an_option_that_is_off_leaves_the_digest_as_it_was() -> None:
+    """Token shards that were made before the option came are still theirs."""
+    plain = Drawing([Template(["{txt}", "{png}"])])
+    assert plain.digest.startswith("7b5bb528c1a0")
+    shuffled = Drawing([Template(["{txt}", "{png}"], shuffle=True)])
+    assert shuffled.digest != plain.digest

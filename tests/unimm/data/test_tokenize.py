@@ -2,7 +2,6 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from unimm.data.media import decode
 from unimm.data.shards import Sample, ShardReader, expand
 from unimm.data.templates import Template
 from unimm.data.tokenize import (
+    Progress,
     ShardTokenizer,
     TokenizeConfig,
     coder_hashes,
@@ -25,9 +25,7 @@ from unimm.data.tokenize import (
     read_ids,
     tokenize_shard,
 )
-from unimm.data.tokenize_many import tokenize_shards
-from unimm.sequence import Segment
-from unimm.signals import Item
+from unimm.data.tokenize_many import RunConfig, tokenize_shards
 from unimm.tokenizer import UnifiedTokenizer
 from unimm.vocabulary import MODALITIES, Vocabulary
 
@@ -101,24 +99,20 @@ def test_the_same_input_makes_the_same_bytes(
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
 
 
-class CountingTokenizer(UnifiedTokenizer):
-    """Counts the items that it codes."""
-
-    coded: Counter[str]
-
-    def encode_items(self, items: Sequence[Item]) -> list[Segment]:
-        self.coded.update(type(item).__name__ for item in items)
-        return super().encode_items(items)
-
-
 def test_a_picture_in_several_documents_is_coded_once(
-    make: Any, tokenizer: UnifiedTokenizer, tmp_path: Path
+    make: Any, tokenizer: UnifiedTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counting = CountingTokenizer(tokenizer.text, list(dict.fromkeys(tokenizer.codecs.values())))
-    counting.coded = Counter()
-    tokenize_shard(make.raw(1, 6) / "raw-000.tar", tmp_path / "out", counting, TEMPLATES, EVERY)
-    assert counting.coded["Image"] == 6
-    assert counting.coded["Audio"] == 6
+    coded: Counter[str] = Counter()
+    for kind in ("image", "audio"):
+        codec = tokenizer.codecs[kind]
+
+        def encode(x: torch.Tensor, kind: str = kind, encode: Any = codec.encode) -> torch.Tensor:
+            coded[kind] += len(x)
+            return encode(x)
+
+        monkeypatch.setattr(codec, "encode", encode)
+    tokenize_shard(make.raw(1, 6) / "raw-000.tar", tmp_path / "out", tokenizer, TEMPLATES, EVERY)
+    assert coded == {"image": 6, "audio": 6}
 
 
 def test_inputs_are_never_changed(make: Any, tokenizer: UnifiedTokenizer, tmp_path: Path) -> None:
@@ -295,14 +289,14 @@ def test_a_killed_run_leaves_nothing_half(
 ) -> None:
     """SIGKILL inside a shard; the next run makes the same bytes as one that was never killed."""
     source, out = make.raw(1, 6) / "raw-000.tar", tmp_path / "out"
-    worker = ShardTokenizer(tokenizer, TEMPLATES, TokenizeConfig(window=1))
+    worker = ShardTokenizer(tokenizer, TEMPLATES, TokenizeConfig(batch_size=1, decoders=0))
     worker.run(source, tmp_path / "whole")
     child = os.fork()
     if child == 0:
-        seen: list[float] = []
+        seen: list[Progress] = []
 
-        def die(share: float) -> None:
-            seen.append(share)
+        def die(progress: Progress) -> None:
+            seen.append(progress)
             if len(seen) == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -322,19 +316,53 @@ def test_processes_make_the_same_bytes(make: Any, bundle: Path, tmp_path: Path) 
     folder = make.raw(3, 4)
     os.truncate(make.shard([make.sample(0)], "raw/raw-bad.tar"), 700)
     summaries = [
-        tokenize_shards(folder, tmp_path / out, bundle, TEMPLATES, workers=workers, progress=False)
-        for out, workers in (("one", 1), ("two", 2))
+        tokenize_shards(
+            folder, tmp_path / out, bundle, TEMPLATES, run=RunConfig(workers=n), progress=False
+        )
+        for out, n in (("one", 1), ("two", 2))
     ]
     assert summaries[0] == summaries[1]
     assert list(summaries[0].failed) == ["raw-bad.tar"]
     assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
 
 
+@pytest.mark.parametrize("run", [RunConfig(workers=2), RunConfig(engine="ray")])
 def test_several_workers_need_a_name(
-    make: Any, tokenizer: UnifiedTokenizer, tmp_path: Path
+    make: Any, tokenizer: UnifiedTokenizer, tmp_path: Path, run: RunConfig
 ) -> None:
     with pytest.raises(ValueError, match="by name or path"):
-        tokenize_shards(make.raw(), tmp_path / "out", tokenizer, TEMPLATES, workers=2)
+        tokenize_shards(make.raw(), tmp_path / "out", tokenizer, TEMPLATES, run=run)
+
+
+def test_no_more_shards_are_begun_when_too_many_failed(
+    make: Any, tokenizer: UnifiedTokenizer, tmp_path: Path
+) -> None:
+    folder = make.raw(6, 1)
+    for number in (1, 2, 4):
+        os.truncate(folder / f"raw-00{number}.tar", 700)
+
+    def run(out: str, max_failed: float | None) -> tuple[list[str], list[str], list[str]]:
+        given = RunConfig(max_failed=max_failed)
+        made = tokenize_shards(folder, tmp_path / out, tokenizer, TEMPLATES, run=given)
+        return made.written, sorted(made.failed), made.open
+
+    names = [f"raw-00{number}.tar" for number in range(6)]
+    assert run("a", 1) == (names[:1], names[1:3], names[3:])
+    assert run("b", 0) == (names[:1], names[1:2], names[2:])
+    assert run("c", 0.4) == ([names[0], names[3]], [names[1], names[2], names[4]], names[5:])
+    assert run("d", None)[2] == []
+
+
+def test_a_failure_leaves_its_traceback(
+    make: Any, tokenizer: UnifiedTokenizer, tmp_path: Path
+) -> None:
+    folder = make.raw(1, 2)
+    os.truncate(folder / "raw-000.tar", 700)
+    tokenize_shards(folder, tmp_path / "out", tokenizer, TEMPLATES, progress=False)
+    note = json.loads((tmp_path / "out/failed/raw-000.tar.json").read_text())
+    assert note["shard"] == str(folder / "raw-000.tar")
+    assert note["traceback"].startswith("Traceback")
+    assert note["traceback"].strip().endswith(note["error"])
 
 
 # Token shards
@@ -372,10 +400,22 @@ def test_a_raw_manifest_is_held_against_its_shard(
     with pytest.raises(ValueError, match="holds 2 samples, its manifest says 3"):
         tokenize_shard(shard, tmp_path / "out", tokenizer, TEMPLATES)
     Manifest(shard=shard.name, samples=2, bytes=size, sha256="0" * 64).write(shard.parent)
-    tokenize_shard(shard, tmp_path / "out", tokenizer, TEMPLATES)
-    config = TokenizeConfig(verify=True)
     with pytest.raises(ValueError, match="its bytes differ from its manifest"):
-        tokenize_shard(shard, tmp_path / "b", tokenizer, TEMPLATES, config)
+        tokenize_shard(shard, tmp_path / "out", tokenizer, TEMPLATES)
+
+
+def test_committed_shards_are_compared_byte_for_byte_when_asked(
+    make: Any, tokenizer: UnifiedTokenizer, tmp_path: Path
+) -> None:
+    source = make.raw(1, 2) / "raw-000.tar"
+    tokenize_shard(source, tmp_path, tokenizer, TEMPLATES)
+    shard = tmp_path / "raw-000.tar"
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    assert tokenize_shard(source, tmp_path, tokenizer, TEMPLATES).samples == 2
+    with pytest.raises(ValueError, match=r"raw-000\.tar: its bytes differ from its manifest"):
+        tokenize_shard(source, tmp_path, tokenizer, TEMPLATES, TokenizeConfig(verify=True))
 
 
 @settings(max_examples=25)

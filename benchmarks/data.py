@@ -1,0 +1,314 @@
+"""What tokenizing costs beside its codecs, on real shards, and how it grows with processes.
+
+    python benchmarks/data.py --data FOLDER [--samples 200] [--out benchmarks/results]
+
+FOLDER holds `photos/photos-000000.tar` and `digits/` (see recipes/digits). Three figures for each
+set, in processor time, which other programs on the machine hardly lengthen:
+
+- overhead: everything that is no codec (reading, decoding, templates, grammar, writing), as a share
+  of the codecs' time; and the part of it that does not overlap with them on a second core;
+- beside webdataset: a plain loop (WebDataset, decode, batches of 64, encode, TarWriter) over the
+  same codec, which writes codes alone and checks nothing;
+- processes: wall time of one and of two, with one torch thread and no decoding thread each, and
+  twice the processor time of one over that of two, which is the scaling on cores of their own.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from webdataset.compat import WebDataset
+from webdataset.writer import TarWriter
+
+import unimm
+from unimm.data import digits
+from unimm.data.engines import Part
+from unimm.data.manifest import Manifest
+from unimm.data.media import decode
+from unimm.data.shards import ShardReader, ShardWriter
+from unimm.data.templates import Template
+from unimm.data.tokenize import ShardTokenizer, TokenizeConfig
+from unimm.text import TextModel
+from unimm.tokenizer import UnifiedTokenizer, audio_signal, image_signal
+from unimm_tokenizers.codec import Codec
+
+LOOP_BATCH = 64
+CHECKS = 100  # of a committed shard, as a second run makes them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One set of shards; seconds of processor time unless `wall` is said."""
+
+    name: str
+    samples: int
+    codec_seconds: float
+    other_seconds: float
+    not_overlapped_seconds: float
+    loop_seconds: float
+    ours_seconds: float
+    wall_one: float
+    wall_two: float
+    cpu_one: float
+    cpu_two: float
+    tokens: int
+    check_milliseconds: float
+
+    @property
+    def overhead(self) -> float:
+        return self.other_seconds / self.codec_seconds
+
+    @property
+    def not_overlapped(self) -> float:
+        return self.not_overlapped_seconds / self.codec_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Shards, a tokenizer with its bundle, and how samples become documents."""
+
+    name: str
+    shards: list[Path]
+    bundle: Path
+    templates: list[Template]
+
+
+class CodecClock:
+    """Adds up the time that codecs take in the thread that calls them."""
+
+    def __init__(self, tokenizer: UnifiedTokenizer) -> None:
+        self.seconds = 0.0
+        for codec in dict.fromkeys(tokenizer.codecs.values()):
+            setattr(codec, "encode", self._timed(codec.encode))  # noqa: B010  (a bound method)
+
+    def _timed(self, encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def timed(x: Tensor) -> Tensor:
+            begun = time.thread_time()
+            codes = encode(x)
+            self.seconds += time.thread_time() - begun
+            return codes
+
+        return timed
+
+
+def photo_case(data: Path, out: Path, samples: int) -> Case:
+    """256 x 256 JPEG, a codec of a million weights: small, so that overhead shows."""
+    shards = split(data / "photos/photos-000000.tar", out / "photos", min(samples, 100))
+    lines = [str(decode("txt", s["txt"], "")) for path in shards for s in ShardReader(path)]
+    codec = unimm.build_codec("vision-1m-f8", seed=0)
+    bundle = out / "photos-bundle"
+    UnifiedTokenizer(TextModel.train(lines, 512), [codec]).save_pretrained(bundle)
+    return Case(
+        name="photos", shards=shards, bundle=bundle, templates=[Template(["{txt}", "{jpg}"])]
+    )
+
+
+def digits_case(data: Path, out: Path, samples: int) -> Case:
+    """The shipped bundle: words, pictures of 28 x 28 and speech; each item in one document."""
+    digits.write_raw_shards(data / "digits", out / "raw", "val", samples, 0)
+    shards = split(next(iter(sorted((out / "raw").glob("*.tar")))), out / "digits", samples)
+    bundle = unimm.__path__[0] / Path("pretrained/digits")
+    templates = [Template(["{txt}", "{png}", "{wav}"])]
+    return Case(name="digits", shards=shards, bundle=bundle, templates=templates)
+
+
+def split(source: Path, out: Path, samples: int) -> list[Path]:
+    """Four shards of the first samples of one, with manifests."""
+    chosen = ShardReader(source).samples[:samples]
+    paths = []
+    for number in range(4):
+        paths.append(out / f"shard-{number}.tar")
+        with ShardWriter(paths[-1]) as writer:
+            for sample in chosen[number::4]:
+                writer.write(sample.key, {name: sample[name] for name in sample.members})
+        Manifest(
+            shard=paths[-1].name,
+            samples=writer.samples,
+            bytes=writer.bytes,
+            sha256=writer.sha256,
+            checks=tuple(writer.checks),
+        ).write(out)
+    return paths
+
+
+def measure(case: Case, out: Path) -> Row:
+    tokenizer = UnifiedTokenizer.from_pretrained(case.bundle)
+    clock = CodecClock(tokenizer)
+    worker = ShardTokenizer(tokenizer, case.templates, TokenizeConfig(decoders=1))
+    worker.run(case.shards[0], out / "warm")
+    clock.seconds = 0.0
+    whole, main = time.process_time(), time.thread_time()
+    manifests = [worker.run(path, out / "ours") for path in case.shards]
+    whole, main = time.process_time() - whole, time.thread_time() - main
+    codec_seconds = clock.seconds
+    begun = time.process_time()
+    for number in range(CHECKS):
+        assert worker.committed(case.shards[number % 4], out / "ours") is not None
+    check = 1000 * (time.process_time() - begun) / CHECKS
+    loop_tokenizer = UnifiedTokenizer.from_pretrained(case.bundle)
+    begun = time.process_time()
+    for path in case.shards:
+        plain_loop(path, out / "loop", loop_tokenizer.codecs)
+    loop = time.process_time() - begun
+    walls, cpus = zip(*(in_step(case, out / f"{n}", n) for n in (1, 2)), strict=True)
+    return Row(
+        name=case.name,
+        samples=sum(m.samples for m in manifests),
+        codec_seconds=codec_seconds,
+        other_seconds=whole - codec_seconds,
+        not_overlapped_seconds=main - codec_seconds,
+        loop_seconds=loop,
+        ours_seconds=whole,
+        wall_one=walls[0],
+        wall_two=walls[1],
+        cpu_one=cpus[0],
+        cpu_two=cpus[1],
+        tokens=sum(sum(m.tokens.values()) for m in manifests),
+        check_milliseconds=check,
+    )
+
+
+def in_step(case: Case, out: Path, processes: int) -> tuple[float, float]:
+    """Wall and processor time of processes that share the shards, from when all have loaded."""
+    context = multiprocessing.get_context("spawn")
+    begin, used = context.Barrier(processes + 1), context.Queue()
+    workers = [
+        context.Process(target=part, args=(case, out, Part(rank, processes), begin, used))
+        for rank in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    begin.wait()
+    begun = time.perf_counter()
+    cpu = sum(used.get() for _ in workers)
+    wall = time.perf_counter() - begun
+    for worker in workers:
+        worker.join()
+    return wall, cpu
+
+
+def part(case: Case, out: Path, mine: Part, begin: Any, used: Any) -> None:
+    """One of several processes: its own shards, after the others have loaded, too."""
+    torch.set_num_threads(1)
+    tokenizer = UnifiedTokenizer.from_pretrained(case.bundle)
+    worker = ShardTokenizer(tokenizer, case.templates, TokenizeConfig(decoders=0))
+    worker.run(case.shards[mine.rank], out / f"warm-{mine.rank}")
+    begin.wait()
+    cpu = time.process_time()
+    for path in case.shards[mine.rank :: mine.world]:
+        worker.run(path, out)
+    used.put(time.process_time() - cpu)
+
+
+@torch.no_grad()
+def plain_loop(source: Path, out: Path, codecs: Any) -> None:
+    """What one writes with webdataset alone."""
+    out.mkdir(parents=True, exist_ok=True)
+    dataset = WebDataset(str(source), shardshuffle=False)
+    with TarWriter(str(out / source.name)) as writer:
+        for batch in batches(iter(dataset)):
+            columns: dict[str, list[Tensor]] = {}
+            for kind, extensions in (("image", ("jpg", "png")), ("audio", ("wav",))):
+                found = [e for e in extensions if e in batch[0]]
+                if not found:
+                    continue
+                signals = [signal(s[found[0]], kind, codecs[kind]) for s in batch]
+                if len({s.shape for s in signals}) == 1:
+                    columns[kind] = list(codecs[kind].encode(torch.stack(signals)))
+                else:
+                    columns[kind] = [codecs[kind].encode(s[None])[0] for s in signals]
+            for number, sample in enumerate(batch):
+                files = {f"{kind}.npy": codes[number].numpy() for kind, codes in columns.items()}
+                writer.write({"__key__": sample["__key__"], "txt": sample["txt"], **files})
+
+
+def batches(samples: Iterator[Any]) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    for sample in samples:
+        batch.append(sample)
+        if len(batch) == LOOP_BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def signal(data: bytes, kind: str, codec: Codec) -> Tensor:
+    if kind == "image":
+        return image_signal(Image.open(io.BytesIO(data)), codec)
+    return audio_signal(decode("wav", data, ""), codec)
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| shards | samples | codecs s | other s | overhead | not overlapped | plain webdataset "
+        "loop s | unimm s | 1 process, wall s | 2 processes, wall s | scaling | scaling by CPU "
+        "| check of a committed shard, ms |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = [
+            r.name,
+            f"{r.samples}",
+            f"{r.codec_seconds:.2f}",
+            f"{r.other_seconds:.2f}",
+            f"{r.overhead:.1%}",
+            f"{r.not_overlapped:.1%}",
+            f"{r.loop_seconds:.2f}",
+            f"{r.ours_seconds:.2f}",
+            f"{r.wall_one:.1f}",
+            f"{r.wall_two:.1f}",
+            f"{r.wall_one / r.wall_two:.2f}",
+            f"{2 * r.cpu_one / r.cpu_two:.2f}",
+            f"{r.check_milliseconds:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--only", choices=("photos", "digits"))
+    parser.add_argument("--note", default="", help="what the machine was doing besides")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp(prefix="unimm-data-"))
+    rows = []
+    try:
+        for name, make in (("photos", photo_case), ("digits", digits_case)):
+            if arguments.only in (None, name):
+                case = make(arguments.data, folder / name, arguments.samples)
+                rows.append(measure(case, folder / name / "made"))
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+    finally:
+        shutil.rmtree(folder)
+    device = f"cpu-{platform.machine()}"
+    head = f"{device}, {os.cpu_count()} cores, 1 torch thread, torch {torch.__version__}"
+    head += f", numpy {np.__version__}; {arguments.note}".rstrip("; ")
+    stem = f"{datetime.now(UTC):%Y-%m-%d}-{device}-data"
+    content = {"head": head, "rows": [asdict(row) for row in rows]}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (arguments.out / f"{stem}.md").write_text(f"{head}\n\n{table(rows)}\n")
+
+
+if __name__ == "__main__":
+    main()
