@@ -1,7 +1,23 @@
 """Generation: whatever the model writes is derived by the grammar, and so decodes."""
 
-from unimm.generation.api import generate, generate_batch, stream
+from unimm.generation.api import extend, generate, generate_batch, infill
+from unimm.generation.chat import Chat
 from unimm.generation.sampling import Sampling
-from unimm.generation.scoring import Score, score
+from unimm.generation.scoring import Classification, Score, classify, score
+from unimm.generation.streaming import Piece, join, stream
 
-__all__ = ["Sampling", "Score", "generate", "generate_batch", "score", "stream"]
+__all__ = [
+    "Chat",
+    "Classification",
+    "Piece",
+    "Sampling",
+    "Score",
+    "classify",
+    "extend",
+    "generate",
+    "generate_batch",
+    "infill",
+    "join",
+    "score",
+    "stream",
+]

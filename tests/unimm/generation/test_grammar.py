@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unimm.generation.grammar import BETWEEN, DONE, Machine, Request, State
+from unimm.generation.grammar import BETWEEN, CODE, DONE, Allowed, Machine, Request
+from unimm.generation.requests import ANSWER, Wish, request_of
 from unimm.sequence import Grammar, GrammarError
-from unimm.vocabulary import Vocabulary
+from unimm.vocabulary import SPECIAL_SIZE, Vocabulary
 
 ROWS = 16
 GRAMMARS = {
@@ -30,25 +31,24 @@ GRAMMARS = {
 
 
 def machine_of(grammar: Grammar) -> Machine:
-    return Machine(grammar, grammar.vocabulary.padded_size, torch.device("cpu"))
+    return Machine(grammar, torch.device("cpu"))
 
 
-def request_of(
-    grammar: Grammar, modality: str | None, sizes: tuple[int, int, int] = (0, 0, 0)
+def request_for(
+    grammar: Grammar,
+    modality: str | None,
+    sizes: tuple[int, int, int] = (0, 0, 0),
+    rows: int = ROWS,
 ) -> Request:
-    between = torch.zeros(grammar.vocabulary.padded_size, dtype=torch.bool)
-    if modality is None:
-        text = grammar.vocabulary["text"]
-        between[text.start : text.end] = True
-        between[[grammar.eos, *grammar.turns]] = True
-        between[[rule.open for rule in grammar.rules.values()]] = True
-    else:
-        between[grammar.rules[modality].open] = True
-    return Request(
-        between.expand(ROWS, -1),
-        torch.full((ROWS,), modality is not None),
-        torch.tensor(sizes).expand(ROWS, 3),
-    )
+    return request_of(grammar, [Wish(modality, sizes, 10**9)] * rows, torch.device("cpu"), ANSWER)
+
+
+def mask_of(grammar: Grammar, allowed: Allowed) -> Tensor:
+    """bool (B, V): everything that is allowed, markers included."""
+    mask = allowed.mask(torch.arange(grammar.vocabulary.padded_size))
+    assert not mask[:, :SPECIAL_SIZE].any()
+    mask[:, :SPECIAL_SIZE] = allowed.markers
+    return mask
 
 
 class Walk(NamedTuple):
@@ -66,24 +66,23 @@ def wander(machine: Machine, request: Request, budget: int, seed: int) -> list[W
     state = machine.initial(ROWS)
     steps, places, active = [ids], [machine.positions(state, ids)], [torch.ones(ROWS).bool()]
     state = machine.advance(state, ids)
-    done = torch.zeros(ROWS, dtype=torch.bool)
     for number in range(budget):
-        allowed = machine.allowed(state, request, torch.full((ROWS,), budget - number))
-        assert allowed[~done].any(1).all()
+        done = state.phase == DONE
+        remaining = torch.full((ROWS,), budget - number)
+        allowed = mask_of(machine.grammar, machine.allowed(state, request, remaining))
+        assert allowed.any(1).all()
         assert not allowed[:, len(machine.grammar.vocabulary) :].any()
-        allowed[done] = True
+        certain = machine.certain(state, request, remaining)
+        assert bool(((state.phase == CODE) | done | (certain == 0)).all())
         ids = torch.multinomial(allowed.double(), 1, generator=generator)[:, 0]
+        assert ids[done].tolist() == [machine.grammar.eos] * int(done.sum())
         places.append(machine.positions(state, ids))
         steps.append(ids)
         active.append(~done)
-        moved = machine.advance(state, ids)
-        keep = [done.view(-1, *(1,) * (field.ndim - 1)) for field in state]
-        state = State(
-            *(torch.where(k, old, new) for k, old, new in zip(keep, state, moved, strict=True))
-        )
-        done = done | machine.finished(state, request)
-        if bool(done.all()):
+        state = machine.settle(machine.advance(state, ids), request, ids)
+        if bool((state.phase == DONE).all()):
             break
+    done = state.phase == DONE
     assert done.all(), "a row did not end within its budget"
     written, where, live = torch.stack(steps, 1), torch.stack(places, 2), torch.stack(active, 1)
     return [
@@ -98,7 +97,7 @@ def wander(machine: Machine, request: Request, budget: int, seed: int) -> list[W
 def test_whatever_is_allowed_parses(name: str, budget: int, seed: int) -> None:
     grammar = GRAMMARS[name]
     for ids, positions, items in wander(
-        machine_of(grammar), request_of(grammar, None), budget, seed
+        machine_of(grammar), request_for(grammar, None), budget, seed
     ):
         assert len(ids) <= budget + 1
         spans = list(grammar.spans(ids))
@@ -116,7 +115,7 @@ def test_a_single_item_fits_every_budget(name: str, modality: str, spare: int, s
     grammar = GRAMMARS[name]
     rule = grammar.rules[modality]
     least = 3 + rule.header + rule.num_levels  # both markers, and room that <eos> would take
-    walks = wander(machine_of(grammar), request_of(grammar, modality), least + spare, seed)
+    walks = wander(machine_of(grammar), request_for(grammar, modality), least + spare, seed)
     for ids, positions, items in walks:
         assert items == 1
         assert len(ids) <= least + spare
@@ -134,7 +133,7 @@ def test_a_budget_is_used() -> None:
     areas = {
         grammar.parse(walk.ids, complete=False)[0].codes[0].numel()
         for seed in range(4)
-        for walk in wander(machine_of(grammar), request_of(grammar, "image"), budget, seed)
+        for walk in wander(machine_of(grammar), request_for(grammar, "image"), budget, seed)
     }
     assert max(areas) == 7
     assert min(areas) < 7
@@ -161,7 +160,7 @@ def test_forced_sizes(
     grammar = GRAMMARS[name]
     rule = grammar.rules[modality]
     least = 3 + rule.header + torch.Size(shape).numel()
-    request = request_of(grammar, modality, sizes)
+    request = request_for(grammar, modality, sizes)
     for walk in wander(machine_of(grammar), request, least + spare, seed=spare):
         (segment,) = grammar.parse(walk.ids, complete=False)
         assert segment.codes.shape == shape
@@ -181,16 +180,16 @@ def viable(grammar: Grammar, prefix: list[int], token: int) -> bool:
 def test_allowed_is_exactly_what_the_parser_takes(name: str) -> None:
     """At every step of random walks, for the edges of every block and all markers."""
     grammar = GRAMMARS[name]
-    machine, request = machine_of(grammar), request_of(grammar, None)
+    machine, request = machine_of(grammar), request_for(grammar, None)
     plenty = torch.full((1,), 10**9)
     edges = {t for b in grammar.vocabulary for t in (b.start, b.start + 1, b.end - 1, b.end)}
     candidates = sorted(edges | set(range(14)))
-    one = Request(request.between[:1], request.single[:1], request.sizes[:1])
+    one = request_for(grammar, None, rows=1)
     for walk in wander(machine, request, 24, seed=3)[:6]:
         state = machine.initial(1)
         for at, token in enumerate(walk.ids[:-1].tolist()):
             state = machine.advance(state, torch.tensor([token]))
-            allowed = machine.allowed(state, one, plenty)[0]
+            allowed = mask_of(grammar, machine.allowed(state, one, plenty))[0]
             prefix: list[int] = walk.ids[: at + 1].tolist()
             for candidate in candidates:
                 # The one thing that the machine refuses and the parser takes: an empty sound.
@@ -204,7 +203,7 @@ def test_states_of_written_documents(name: str) -> None:
     """Read by the machine, a document ends between items, its clock where the next text stands."""
     grammar = GRAMMARS[name]
     machine = machine_of(grammar)
-    for walk in wander(machine, request_of(grammar, None), 40, seed=5):
+    for walk in wander(machine, request_for(grammar, None), 40, seed=5):
         state = machine.initial(1)
         for token in walk.ids[:-1].tolist():
             state = machine.advance(state, torch.tensor([token]))
@@ -214,6 +213,45 @@ def test_states_of_written_documents(name: str) -> None:
         assert ended.phase.tolist() == [DONE]
         again = machine.advance(ended, torch.tensor([grammar.bos]))
         assert all(torch.equal(a, b) for a, b in zip(again, ended, strict=True))
-        request = request_of(grammar, None)
-        one = Request(request.between[:1], request.single[:1], request.sizes[:1])
-        assert machine.allowed(ended, one, torch.ones(1)).nonzero().tolist() == [[0, grammar.eos]]
+        one = request_for(grammar, None, rows=1)
+        left = mask_of(grammar, machine.allowed(ended, one, torch.ones(1, dtype=torch.int64)))
+        assert left.nonzero().tolist() == [[0, grammar.eos]]
+
+
+@pytest.mark.parametrize(("name", "modality"), MODALITIES)
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (3, 2, 2)])
+def test_codes_that_surely_follow(name: str, modality: str, sizes: tuple[int, int, int]) -> None:
+    """Many steps at once are the same steps one by one: ranges, positions and the state after."""
+    grammar = GRAMMARS[name]
+    machine = machine_of(grammar)
+    if not grammar.rules[modality].axes or modality == "image":
+        sizes = (min(sizes[0], 1 if modality == "image" else 3), *sizes[1:])
+    request = request_for(grammar, modality, sizes)
+    budget = 40
+    for walk in wander(machine, request, budget, seed=1)[:4]:
+        one = request_for(grammar, modality, sizes, rows=1)
+        state = machine.advance(machine.initial(1), walk.ids[:1])
+        at, most = 1, 0
+        while int(state.phase) != DONE:
+            remaining = torch.tensor([budget - at + 1])
+            count = int(machine.certain(state, one, remaining))
+            most = max(most, count)
+            if count:
+                codes = machine.codes(state, count)
+                ahead = machine.advance_codes(state, count)
+                for number in range(count):
+                    allowed = machine.allowed(state, one, remaining - number)
+                    assert not allowed.markers.any()
+                    assert torch.equal(codes.low[number], allowed.low)
+                    assert torch.equal(codes.high[number], allowed.high)
+                    token = walk.ids[at : at + 1]
+                    assert torch.equal(codes.positions[number], machine.positions(state, token))
+                    state, at = machine.advance(state, token), at + 1
+                assert all(torch.equal(a, b) for a, b in zip(state, ahead, strict=True))
+            else:
+                token = walk.ids[at : at + 1]
+                state = machine.settle(machine.advance(state, token), one, token)
+                at += 1
+        assert at == len(walk.ids)
+        levels = grammar.rules[modality].num_levels
+        assert most >= (levels - 1 if not grammar.rules[modality].axes else levels)

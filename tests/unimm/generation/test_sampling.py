@@ -10,11 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unimm.generation import Sampling
-from unimm.generation.sampling import guided, sample
+from unimm.generation.sampling import Settings, guided, inverse_cdf, penalised
 
 COUNT = 20_000
 EVEN = (torch.arange(COUNT, dtype=torch.float64) + 0.5) / COUNT  # random numbers without chance
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.0, 0.0, 1.5])
+
+
+def sample(logits: Tensor, allowed: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    settings = Settings([sampling], torch.device("cpu"))
+    knobs = settings.of_rows(torch.zeros(len(logits), dtype=torch.int64))
+    return settings.draw(logits.masked_fill(~allowed, -torch.inf), uniform, knobs)
 
 
 def shares(logits: Tensor, allowed: Tensor | None = None, **options: Any) -> Tensor:
@@ -62,6 +68,51 @@ def test_top_k_comes_before_top_p() -> None:
     """Of the two most likely, 0.43 and 0.26, the first alone does not reach half."""
     close(shares(LOGITS, top_k=2, top_p=0.5), shares(LOGITS, top_k=2))
     assert (shares(LOGITS, top_k=1, top_p=0.5) > 0).sum() == 1
+
+
+@pytest.mark.parametrize(("min_p", "count"), [(0.0, 6), (0.2, 4), (0.3, 3), (1.0, 1)])
+def test_min_p_is_a_share_of_the_likeliest(min_p: float, count: int) -> None:
+    """Against the likeliest the others weigh e^-0.5, e^-1, e^-1.5, e^-2, e^-3."""
+    order = LOGITS.softmax(0).sort(descending=True)
+    expected = torch.zeros(6).scatter(0, order.indices[:count], order.values[:count])
+    close(shares(LOGITS, min_p=min_p), expected / expected.sum())
+
+
+def test_settings_are_those_of_a_rows_kind() -> None:
+    """A batch of text and pictures, each sampled as if the other were not there."""
+    both = [Sampling(temperature=0.5, top_k=2), Sampling(temperature=0.0), Sampling(top_p=0.6)]
+    settings = Settings(both, torch.device("cpu"))
+    kinds = torch.arange(3).repeat_interleave(500)
+    uniform = ((torch.arange(500) + 0.5) / 500).repeat(3)
+    knobs = settings.of_rows(kinds)
+    drawn = settings.draw(LOGITS.expand(1500, -1), uniform, knobs).view(3, 500)
+    every = torch.ones(500, 6, dtype=torch.bool)
+    for number, sampling in enumerate(both):
+        alone = sample(LOGITS.expand(500, -1), every, uniform[:500], sampling)
+        assert torch.equal(drawn[number], alone)
+
+
+def test_repetition_penalty_lowers_what_was_seen() -> None:
+    logits = torch.tensor([[2.0, -1.0, 3.0], [2.0, -1.0, 3.0]])
+    seen = torch.tensor([[True, True, False], [False, False, False]])
+    lowered = penalised(logits, seen, torch.tensor([2.0, 2.0]))
+    assert lowered.tolist() == [[1.0, -2.0, 3.0], [2.0, -1.0, 3.0]]
+
+
+@pytest.mark.parametrize("columns", [1, 127, 128, 129, 1000])
+def test_cumulated_weights_are_searched_exactly(columns: int) -> None:
+    weights = torch.rand(64, columns)
+    weights[:, torch.rand(columns) < 0.3] = 0
+    weights[:, columns // 2] = 1.0
+    for uniform in (torch.zeros(64), torch.rand(64), torch.full((64,), 1 - 2**-24)):
+        found = inverse_cdf(weights, uniform)
+        total = weights.double().cumsum(1)
+        shares = total / total[:, -1:]
+        rows = torch.arange(64)
+        assert bool((weights[rows, found] > 0).all())
+        before = shares[rows, found] - weights[rows, found].double() / total[:, -1]
+        assert bool((before <= uniform.double() + 1e-6).all())
+        assert bool((shares[rows, found] >= uniform.double() - 1e-6).all())
 
 
 @given(
@@ -122,6 +173,9 @@ def test_guidance_scales_the_difference() -> None:
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
         ({"temperature": math.nan}, "temperature must be 0 or more, got nan"),
         ({"guidance": math.inf}, "guidance must be a finite number, got inf"),
+        ({"min_p": 1.1}, r"min_p must lie in \[0, 1\], got 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a number above 0, got 0.0"),
+        ({"repetition_penalty": math.inf}, "must be a number above 0, got inf"),
     ],
 )
 def test_senseless_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -1,16 +1,19 @@
 """Scores are sums of log-softmax, and nothing else."""
 
 import math
+from typing import Any, Literal
 
 import pytest
 import torch
 from PIL import Image
 
 from unimm import Audio, Semantic, UnifiedLM, UnifiedTokenizer, Video, score
+from unimm.generation import classify
 from unimm.signals import Item
 from unimm_kernels import linear_cross_entropy
 from unimm_tokenizers.vision import VisionCodec, VisionConfig
 
+SOUND = Audio(torch.linspace(-1, 1, 40)[None], 800)
 DOCUMENT: list[Item] = [
     "seven",
     Image.linear_gradient("L").resize((12, 8)).convert("RGB"),
@@ -80,6 +83,34 @@ def test_likelihood_is_of_what_comes_before(tok: UnifiedTokenizer, tiny_lm: Unif
     whole, part = score(tiny_lm, tok, DOCUMENT), score(tiny_lm, tok, DOCUMENT[:3])
     count = len(part.tokens) - 1
     torch.testing.assert_close(whole.tokens[:count], part.tokens[:count], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalise", ["none", "ids"])
+def test_the_likeliest_candidate(
+    normalise: Literal["none", "ids"], tok: UnifiedTokenizer, tiny_lm: UnifiedLM
+) -> None:
+    """As if each document were scored alone, whatever their lengths and kinds."""
+    prompt, candidates = DOCUMENT[:2], [["seven"], [], ["up down left", SOUND], [DOCUMENT[1]]]
+    found = classify(tiny_lm, tok, prompt, candidates, normalise=normalise)
+    start = len(tok.encode(prompt, complete=False)) - 1
+    expected = []
+    for candidate in candidates:
+        # An item of its own: what follows text in one document is joined to it.
+        tokens = score(tiny_lm, tok, [*prompt, *candidate]).tokens[start:]
+        expected.append(tokens.mean() if normalise == "ids" else tokens.sum())
+    log_likelihoods = torch.stack(expected).double()
+    torch.testing.assert_close(found.log_likelihoods, log_likelihoods, rtol=0, atol=1e-3)
+    assert found.index == int(log_likelihoods.argmax())
+    torch.testing.assert_close(found.probabilities, found.log_likelihoods.softmax(0))
+
+
+def test_candidates_of_nothing(frame_tok: UnifiedTokenizer, tiny_lm: UnifiedLM) -> None:
+    with pytest.raises(ValueError, match="classify: there are no candidates"):
+        classify(tiny_lm, frame_tok, ["up"], [])
+    normalise: Any = "length"
+    with pytest.raises(ValueError, match="normalise must be 'none' or 'ids', got 'length'"):
+        classify(tiny_lm, frame_tok, ["up"], [["a"]], normalise=normalise)
 
 
 def test_a_strange_pair_is_refused(tok: UnifiedTokenizer, tiny_lm: UnifiedLM) -> None:
