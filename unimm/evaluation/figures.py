@@ -1,7 +1,7 @@
 """Pictures of what a model reads and writes: PNG, WebP, WAV and SVG, without a plotting library.
 
 Everything here turns arrays and signals into `PIL.Image`s, bytes, or SVG text. Lines and bars take
-their colours from the CSS variables of the page that holds them (`--s1` ... `--s6`, `--ink`,
+their colours from the CSS variables of the page that holds them (`--s1` ... `--s10`, `--ink`,
 `--grid`), so that one chart serves light and dark.
 """
 
@@ -40,7 +40,7 @@ _COLOUR_MAP = np.array(
     ],
     dtype=np.float64,
 )
-SERIES_COLOURS = 6
+SERIES_COLOURS = 10
 _GOLDEN = 0.618033988749895  # its multiples spread evenly over the colour circle
 
 
@@ -128,6 +128,20 @@ def error_map(made: Image.Image, real: Image.Image, full_scale: int = 64) -> Ima
     return Image.fromarray(colour_map(np.abs(arrays[0] - arrays[1]).max(axis=-1) / full_scale))
 
 
+def region_overlay(image: Image.Image, regions: Tensor | np.ndarray) -> Image.Image:
+    """A picture under the colours of its regions, (h, w) of region ids; one colour per id.
+
+    Raises:
+        ValueError: regions are not two-dimensional, or there are none.
+    """
+    grid = np.asarray(regions)
+    if grid.ndim != 2 or not grid.size:
+        raise ValueError(f"region overlay: expected ids (rows, columns), got shape {grid.shape}")
+    colours = Image.fromarray(code_colours(grid.astype(np.int64)))
+    layer = colours.resize(image.size, Image.Resampling.NEAREST)
+    return Image.blend(image.convert("RGB"), layer, 0.5)
+
+
 def spectrogram(audio: Audio, *, bands: int = 64, columns: int = 240) -> Image.Image:
     """Log-mel spectrogram, low frequencies below, 70 dB from the loudest cell down.
 
@@ -167,8 +181,8 @@ def webp_bytes(image: Image.Image, quality: int = 90) -> bytes:
     return buffer.getvalue()
 
 
-def film_bytes(video: Video) -> bytes:
-    """Animated WebP, lossless, without end."""
+def film_bytes(video: Video, *, lossless: bool = True) -> bytes:
+    """Animated WebP without end; lossy is of quality 80, a tenth of the size."""
     first, *others = [Image.fromarray(frame.cpu().numpy()) for frame in video.frames]
     buffer = io.BytesIO()
     first.save(
@@ -178,7 +192,8 @@ def film_bytes(video: Video) -> bytes:
         append_images=others,
         duration=max(1, round(1000 / video.fps)),
         loop=0,
-        lossless=True,
+        lossless=lossless,
+        quality=80,
     )
     return buffer.getvalue()
 
@@ -211,34 +226,37 @@ def line_chart(
     *,
     x_label: str = "step",
     y_label: str = "",
+    log_x: bool = False,
     log_y: bool = False,
     markers: bool = False,
 ) -> str:
-    """Curves as SVG text, coloured in their order (six at most); the page draws the legend.
+    """Curves as SVG text, coloured in their order (ten at most); the page draws the legend.
 
     Args:
         series: name -> points (x, y); points that are not finite are left out.
         x_label: what stands below.
         y_label: what stands at the axis, with its unit.
-        log_y: logarithmic axis; points at 0 or below are left out.
+        log_x: logarithmic axis; points at 0 or below are left out.
+        log_y: likewise.
         markers: draw the points too.
 
     Raises:
-        ValueError: there are no or more than six series, or no point can be drawn.
+        ValueError: there are no or more than ten series, or no point can be drawn.
     """
     if not 1 <= len(series) <= SERIES_COLOURS:
         raise ValueError(f"chart: {len(series)} series; draw 1 to {SERIES_COLOURS} at a time")
     shown = {
-        name: [(x, y) for x, y in points if isfinite(x) and isfinite(y) and (y > 0 or not log_y)]
+        name: [(x, y) for x, y in points if _drawable(x, log_x) and _drawable(y, log_y)]
         for name, points in series.items()
     }
     every = [point for points in shown.values() for point in points]
     if not every:
         raise ValueError(f"chart: no point of {', '.join(series)} can be drawn")
-    x_ticks = _ticks(min(x for x, _ in every), max(x for x, _ in every))
+    left, right = min(x for x, _ in every), max(x for x, _ in every)
+    x_ticks = _log_ticks(left, right) if log_x else _ticks(left, right)
     lowest, highest = min(y for _, y in every), max(y for _, y in every)
     y_ticks = _log_ticks(lowest, highest) if log_y else _ticks(lowest, highest)
-    to_x = _scale(x_ticks, _LEFT, _WIDTH - _RIGHT, log=False)
+    to_x = _scale(x_ticks, _LEFT, _WIDTH - _RIGHT, log=log_x)
     to_y = _scale(y_ticks, _HEIGHT - _BOTTOM, _TOP, log=log_y)
 
     parts = [
@@ -275,6 +293,10 @@ def line_chart(
                     f"<title>{value}</title></circle>"
                 )
     return "".join(parts) + "</svg>"
+
+
+def _drawable(value: float, log: bool) -> bool:
+    return isfinite(value) and (value > 0 or not log)
 
 
 def _thinned(points: Points, most: int = 400) -> Points:

@@ -7,6 +7,7 @@ and checkpoints, shapes are read and no weights.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,16 +21,16 @@ from unimm.checkpoint import (
     GENERATION_FILE,
     INDEX_FILE,
     LM_FOLDER,
-    TEXT_FILE,
     VOCABULARY_FILE,
     find_bundle,
     read_config,
     read_json,
 )
 from unimm.data.manifest import Manifest, manifest_path
-from unimm.data.shards import ShardReader, expand
+from unimm.data.shards import Sample, ShardReader, expand
+from unimm.data.tokenize import IDS_FILE, META_FILE, NPY_HEADER
 from unimm.model import ModelConfig
-from unimm.text import TextModel
+from unimm.text import TextModel, text_file
 from unimm.training.launch import CHECKPOINTS, newest_checkpoint, read_checkpoint
 from unimm.vocabulary import MODALITIES, Vocabulary
 from unimm_tokenizers.codec import Codec
@@ -80,7 +81,7 @@ def _folder(folder: Path) -> str:
 def _bundle(folder: Path) -> str:
     vocabulary = Vocabulary.from_dict(read_json(folder / VOCABULARY_FILE))
     lines = [f"bundle {folder}", "", *_vocabulary(vocabulary)]
-    text = folder / TEXT_FILE
+    text = text_file(folder)
     lines += ["", f"text model: {TextModel.load(text).size:,} pieces, {_size(text)}"]
     codecs = sorted((folder / CODECS_FOLDER).glob(f"*/{CONFIG_FILE}"))
     for config in codecs:
@@ -251,7 +252,7 @@ def _shard(shard: Path) -> str:
         facts["source"] = recipe.source[:12]
         facts["templates"] = recipe.templates[:12]
         facts["version"] = recipe.version
-        contents = _tokens(manifest.tokens, manifest.samples)
+        contents = [*_tokens(manifest.tokens, manifest.samples, _items(reader)), *_lengths(reader)]
     else:
         contents = _files(reader)
     title = {"raw": "raw shard", "tokens": "token shard"}[kind]
@@ -271,18 +272,61 @@ def _files(reader: ShardReader) -> list[str]:
     return [*_table(("file", "samples", "size"), rows), *ends]
 
 
-def _tokens(tokens: Mapping[str, int], documents: int) -> list[str]:
+def _tokens(
+    tokens: Mapping[str, int], documents: int, items: Mapping[str, int] | None = None
+) -> list[str]:
+    """Ids by modality; how many each item of a modality has, where the items were counted."""
     total = sum(tokens.values())
-    rows = [
-        (name, f"{tokens[name]:,}", f"{tokens[name] / total:.1%}")
-        for name in MODALITIES
-        if name in tokens
-    ]
+    rows: list[tuple[str, ...]] = []
+    for name in MODALITIES:
+        if name in tokens:
+            row = (name, f"{tokens[name]:,}", f"{tokens[name] / total:.1%}")
+            if items is not None:
+                count = items.get(name, 0)
+                # The marks around a document count as text, whether it holds words or not.
+                each = f"{tokens[name] / count:,.1f}" if count else "none"
+                row = (*row, f"{count:,}", each)
+            rows.append(row)
+    head = ("modality", "ids", "share") + (() if items is None else ("items", "ids each"))
     each = total / max(1, documents)
     return [
-        *_table(("modality", "ids", "share"), rows),
+        *_table(head, rows),
         f"  {total:,} ids in {documents:,} documents, {each:,.1f} each",
     ]
+
+
+def _meta(sample: Sample) -> dict[str, Any]:
+    try:
+        meta = json.loads(sample[META_FILE])
+        return {"items": list(meta["items"]), "template": str(meta["template"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{sample.where}: {META_FILE} is damaged ({error})") from None
+
+
+def _items(reader: ShardReader) -> Counter[str]:
+    """Items of a token shard's documents by modality."""
+    return Counter(str(item[0]) for sample in reader for item in _meta(sample)["items"])
+
+
+def _lengths(reader: ShardReader) -> list[str]:
+    """Ids in a document, by template."""
+    lengths: dict[str, list[int]] = {}
+    for sample in reader:
+        if IDS_FILE not in sample:
+            raise ValueError(f"{sample.where}: has only {sample.listed}; make the shard again")
+        size = sample.members[IDS_FILE].size - NPY_HEADER
+        lengths.setdefault(_meta(sample)["template"], []).append(size)
+    width = 4 if b"<u4" in reader.samples[0][IDS_FILE][:NPY_HEADER] else 2  # bytes of an id
+    rows = [
+        (name, f"{len(sizes):,}", *(f"{n // width:,}" for n in _extremes(sizes)))
+        for name, sizes in sorted(lengths.items())
+    ]
+    return _table(("template", "documents", "shortest", "median", "longest"), rows)
+
+
+def _extremes(values: Sequence[int]) -> tuple[int, int, int]:
+    ordered = sorted(values)
+    return ordered[0], ordered[len(ordered) // 2], ordered[-1]
 
 
 def _shards(paths: Sequence[Path], where: str) -> str:

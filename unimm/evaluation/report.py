@@ -9,12 +9,15 @@ A page is built block by block and written once:
     report.curve("Language model", {"training": points}, y_label="nats per token")
     report.write("out/report.html")
 
-It opens offline on any screen, light or dark: no script, no font, no address but `data:`. Every
-caption is escaped. It stays under 10 MB, or `write` says so.
+It opens offline on any screen, light or dark: no font, no address but `data:`, and no script but,
+on pages with sortable tables, one of our own that the policy allows by its hash. Every caption is
+escaped. It stays under 10 MB, or `write` says so.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import platform
@@ -52,6 +55,15 @@ __all__ = ["Card", "Part", "Report", "Tile", "environment", "example_card", "wri
 MAX_BYTES = 10_000_000
 # Nothing may be fetched and nothing may run; style attributes carry widths of bars.
 _POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+# Sorts a table by the column whose head is clicked, the other way the second time; dashes last.
+_SORTING = """
+document.querySelectorAll("th button").forEach(b=>b.onclick=()=>{const h=b.parentNode,
+i=h.cellIndex,t=h.closest("table").tBodies[0],d=h.dataset.down=h.dataset.down==="1"?"0":"1",
+k=r=>{const s=r.cells[i].textContent.trim(),n=parseFloat(s);return isNaN(n)?s:n},
+f=(x,y)=>typeof x===typeof y?(x<y?-1:x>y?1:0):typeof x==="number"?-1:1;
+[...t.rows].sort((a,b)=>{const x=k(a),y=k(b),c=f(x,y);
+return d==="1"&&typeof x===typeof y?-c:c}).forEach(r=>t.append(r))})
+"""
 
 
 class _Block(NamedTuple):
@@ -78,6 +90,7 @@ class Report:
         self.lead = lead
         self._tiles: list[Tile] = []
         self._sections: list[_Section] = []
+        self._sorts = False
 
     def tiles(self, tiles: Iterable[Tile]) -> None:
         """Headline figures, at the top of the page."""
@@ -136,13 +149,17 @@ class Report:
         columns: Sequence[str],
         rows: Sequence[Sequence[Cell]],
         note: str = "",
+        *,
+        sortable: bool = False,
     ) -> None:
-        """A table; shares and means show their intervals.
+        """A table; shares and means show their intervals. A sortable one sorts at a click.
 
         Raises:
             ValueError: a row has more or fewer cells than there are columns.
         """
-        self._add("table", _heading(title) + _note(note) + render_table(columns, rows))
+        self._sorts = self._sorts or sortable
+        table = render_table(columns, rows, sortable=sortable)
+        self._add("table", _heading(title) + _note(note) + table)
 
     def seconds(self, title: str, steps: Mapping[str, float]) -> None:
         """Wall times of a run's steps as bars, and their sum."""
@@ -166,21 +183,28 @@ class Report:
         *,
         x_label: str = "step",
         y_label: str = "",
+        log_x: bool = False,
         log_y: bool = False,
         markers: bool = False,
     ) -> None:
-        """A chart of up to six curves; charts in a row stand side by side.
+        """A chart of up to ten curves; charts in a row stand side by side.
 
         Raises:
             ValueError: there is nothing that can be drawn.
         """
-        chart = line_chart(series, x_label=x_label, y_label=y_label, log_y=log_y, markers=markers)
-        names = "".join(
-            f'<li><i style="background:var(--s{number})"></i>{escape(name)}</li>'
-            for number, name in enumerate(series, start=1)
+        chart = line_chart(
+            series, x_label=x_label, y_label=y_label, log_x=log_x, log_y=log_y, markers=markers
         )
-        legend = f'<ul class="legend">{names}</ul>' if len(series) > 1 else ""
-        self._add("charts", f'<figure class="panel">{_heading(title)}{legend}{chart}</figure>')
+        self.chart(title, chart, list(series))
+
+    def chart(self, title: str, svg: str, names: Sequence[str]) -> None:
+        """A chart that `line_chart` drew, and what its curves are called."""
+        keys = "".join(
+            f'<li><i style="background:var(--s{number})"></i>{escape(name)}</li>'
+            for number, name in enumerate(names, start=1)
+        )
+        legend = f'<ul class="legend">{keys}</ul>' if len(names) > 1 else ""
+        self._add("charts", f'<figure class="panel">{_heading(title)}{legend}{svg}</figure>')
 
     def facts(self, title: str, facts: Mapping[str, Any]) -> None:
         """Names and values: a configuration, versions, a machine; nested names get dots."""
@@ -199,16 +223,21 @@ class Report:
         tiles = "".join(_tile(tile) for tile in self._tiles)
         tiles = f'<div class="tiles">{tiles}</div>' if tiles else ""
         body = "".join(_section(section) for section in self._sections)
+        policy, script = _POLICY, ""
+        if self._sorts:
+            digest = base64.b64encode(hashlib.sha256(_SORTING.encode()).digest()).decode()
+            policy += f"; script-src 'sha256-{digest}'"
+            script = f"<script>{_SORTING}</script>"
         return (
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
             f"<title>{escape(self.title)}</title><style>{STYLE}</style></head><body>"
             f"<header><h1>{escape(self.title)}</h1>"
             f"{lead}{tiles}</header>"
             f"{nav}<main>{body}</main><footer>unimm {escape(__version__)}. Pictures over 96 pixels "
             "are shown as WebP of quality 90 and at most 512 pixels; figures are measured on the "
-            "signals themselves.</footer></body></html>\n"
+            f"signals themselves.</footer>{script}</body></html>\n"
         )
 
     def write(self, path: str | Path) -> Path:

@@ -105,8 +105,12 @@ def render_card(card: Card) -> str:
     )
 
 
-def render_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+def render_table(
+    columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, sortable: bool = False
+) -> str:
     """A table that scrolls sideways on a narrow screen; numbers stand right.
+
+    The heads of a sortable one are buttons, for the page's script.
 
     Raises:
         ValueError: a row has more or fewer cells than there are columns.
@@ -119,9 +123,8 @@ def render_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
         for i in range(len(columns))
     ]
     marks = [' class="number"' if right else "" for right in numeric]
-    head = "".join(
-        f"<th{mark}>{escape(name)}</th>" for name, mark in zip(columns, marks, strict=True)
-    )
+    names = [f"<button>{escape(n)}</button>" if sortable else escape(n) for n in columns]
+    head = "".join(f"<th{mark}>{name}</th>" for name, mark in zip(names, marks, strict=True))
     body = "".join(
         "<tr>"
         + "".join(f"<td{mark}>{cell(c)}</td>" for c, mark in zip(row, marks, strict=True))
@@ -189,6 +192,8 @@ def duration(seconds: float) -> str:
 def _kind(item: Item) -> str:
     if isinstance(item, Image.Image) and item.width > WIDE * item.height:
         return "wide"
+    if isinstance(item, Image.Image) and max(item.size) > SMALL_SIDE:
+        return "picture photo"
     names = {str: "text", Turn: "text", Audio: "sound", Video: "film"}
     return next((name for kind, name in names.items() if isinstance(item, kind)), "picture")
 
@@ -211,21 +216,44 @@ def _video(video: Video) -> str:
     strip = film_strip(video)
     strip.thumbnail((2 * LARGEST_SIDE, LARGEST_SIDE))
     return (
-        _img(film_bytes(video), "image/webp", alt, style)
+        _img(film_bytes(video, lossless=style == "small"), "image/webp", alt, style)
         + _img(png_bytes(strip), "image/png", f"frames of the {alt}", "strip")
         + f'<span class="fact">{count} frames, {video.fps:g} per second</span>'
     )
 
 
-STYLE = """
+# Colours and charts, for pages and for plots that stand alone in a notebook.
+CHART_STYLE = """
 :root{color-scheme:light dark;--page:#f6f6f3;--card:#fff;--ink:#1b1c1e;--soft:#5d6066;
 --line:#e1e1dc;--grid:#e9e9e4;--fill:#2f6fd0;--fill-soft:#dfe9f8;--good:#17784a;--good-soft:#e0f2e8;
 --bad:#b3372b;--bad-soft:#fae6e3;--s1:#2f6fd0;--s2:#c8591c;--s3:#188a6b;--s4:#8a4fc0;--s5:#b08400;
---s6:#c23a73}
+--s6:#c23a73;--s7:#4a7d1f;--s8:#0e8aa8;--s9:#8b5a3c;--s10:#6b6f76}
 @media(prefers-color-scheme:dark){:root{--page:#141517;--card:#1d1f22;--ink:#ececea;--soft:#a2a5aa;
 --line:#303338;--grid:#2a2d31;--fill:#6ca2f2;--fill-soft:#223148;--good:#5cc994;--good-soft:#17342a;
 --bad:#f08a7d;--bad-soft:#412422;--s1:#6ca2f2;--s2:#ee8b52;--s3:#4cc2a0;--s4:#b78ae6;--s5:#d8b03c;
---s6:#ee7ba7}}
+--s6:#ee7ba7;--s7:#9ccb6a;--s8:#5cc4dd;--s9:#c99a7a;--s10:#a9adb4}}
+.chart{display:block;width:100%;height:auto}
+.chart text{font:12px system-ui,sans-serif;fill:var(--soft)}
+.chart .end{text-anchor:end}.chart .mid{text-anchor:middle}
+.chart .grid{stroke:var(--grid);stroke-width:1}.chart .axis{stroke:var(--soft);stroke-width:1}
+.chart .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
+.chart .dot{stroke:var(--card);stroke-width:2}
+.line.s1{stroke:var(--s1)}.line.s2{stroke:var(--s2)}.line.s3{stroke:var(--s3)}
+.line.s4{stroke:var(--s4)}.line.s5{stroke:var(--s5)}.line.s6{stroke:var(--s6)}
+.line.s7{stroke:var(--s7)}.line.s8{stroke:var(--s8)}.line.s9{stroke:var(--s9)}
+.line.s10{stroke:var(--s10)}
+.dot.s1{fill:var(--s1)}.dot.s2{fill:var(--s2)}.dot.s3{fill:var(--s3)}
+.dot.s4{fill:var(--s4)}.dot.s5{fill:var(--s5)}.dot.s6{fill:var(--s6)}
+.dot.s7{fill:var(--s7)}.dot.s8{fill:var(--s8)}.dot.s9{fill:var(--s9)}.dot.s10{fill:var(--s10)}
+.legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.2rem 0 .4rem;font-size:.83rem;
+color:var(--soft);list-style:none;padding:0}
+.legend i{display:inline-block;width:14px;height:3px;border-radius:2px;vertical-align:middle;
+margin-right:.4rem}
+"""
+
+STYLE = (
+    CHART_STYLE
+    + """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;scroll-behavior:smooth;scroll-padding-top:3.5rem}
 body{margin:0;background:var(--page);color:var(--ink);line-height:1.5;
@@ -258,6 +286,8 @@ th,td{padding:.5rem .75rem;text-align:left;border-bottom:1px solid var(--line);w
 tbody tr:last-child td{border-bottom:0}
 th{color:var(--soft);font-weight:550;font-size:.83rem;white-space:normal;vertical-align:bottom}
 .number{text-align:right}
+th button{all:unset;cursor:pointer}th button:hover,th button:focus-visible{color:var(--fill)}
+th button::after{content:" \\2195";opacity:.5}
 td small{display:block;color:var(--soft);font-size:.78rem;line-height:1.25}
 td.wide{width:45%;min-width:9rem}
 .bar{position:relative;height:14px;border-radius:4px;background:var(--grid)}
@@ -274,7 +304,7 @@ gap:.75rem}
 border:1px solid var(--line);border-radius:12px}
 .parts{display:flex;flex-wrap:wrap;gap:.75rem;padding:.75rem;flex:1;align-content:flex-start}
 .part{display:flex;flex-direction:column;gap:.35rem;flex:1 1 86px;min-width:0}
-.part.sound,.part.film{flex-basis:180px}.part.wide{flex-basis:100%}
+.part.photo{flex-basis:140px}.part.sound,.part.film{flex-basis:180px}.part.wide{flex-basis:100%}
 .label,.fact{color:var(--soft);font-size:.76rem}
 .words{margin:0;font-size:1.2rem;font-weight:600;line-height:1.3;overflow-wrap:anywhere}
 .turn{margin:0;color:var(--soft);font-style:italic}
@@ -295,20 +325,6 @@ summary{cursor:pointer;color:var(--soft);font-size:.92rem;margin-bottom:.7rem}
 .panel{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:.9rem 1rem;
 margin:0;min-width:0}
 .panel h3{margin:0 0 .3rem}
-.chart{display:block;width:100%;height:auto}
-.chart text{font:12px system-ui,sans-serif;fill:var(--soft)}
-.chart .end{text-anchor:end}.chart .mid{text-anchor:middle}
-.chart .grid{stroke:var(--grid);stroke-width:1}.chart .axis{stroke:var(--soft);stroke-width:1}
-.chart .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
-.chart .dot{stroke:var(--card);stroke-width:2}
-.line.s1{stroke:var(--s1)}.line.s2{stroke:var(--s2)}.line.s3{stroke:var(--s3)}
-.line.s4{stroke:var(--s4)}.line.s5{stroke:var(--s5)}.line.s6{stroke:var(--s6)}
-.dot.s1{fill:var(--s1)}.dot.s2{fill:var(--s2)}.dot.s3{fill:var(--s3)}
-.dot.s4{fill:var(--s4)}.dot.s5{fill:var(--s5)}.dot.s6{fill:var(--s6)}
-.legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.2rem 0 .4rem;font-size:.83rem;
-color:var(--soft);list-style:none;padding:0}
-.legend i{display:inline-block;width:14px;height:3px;border-radius:2px;vertical-align:middle;
-margin-right:.4rem}
 .steps{display:grid;grid-template-columns:max-content 1fr max-content;gap:.5rem .9rem;
 grid-auto-flow:row dense;align-items:center;font-size:.93rem;font-variant-numeric:tabular-nums}
 .steps .bar{grid-column:2}.steps .number{grid-column:3}.steps .bar .fill{min-width:2px}
@@ -327,3 +343,4 @@ footer{color:var(--soft);font-size:.85rem;padding-top:2.5rem;padding-bottom:3rem
 dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}}
 @media print{nav,audio{display:none}.card,.panel{break-inside:avoid}}
 """
+)

@@ -12,6 +12,7 @@ import os.path
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -37,10 +38,9 @@ def generate_to_folder(
     *,
     num_samples: int = 1,
     seed: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    guidance: float | None = None,
+    size: str | None = None,
+    max_new_tokens: int | None = None,
+    **sampling: Any,
 ) -> list[Path]:
     """Continue a document and write what the model answers.
 
@@ -51,7 +51,9 @@ def generate_to_folder(
         out: folder; files of the same names are replaced.
         num_samples: how many answers.
         seed: of the first answer; None draws one, which `results.json` then holds.
-        temperature, top_k, top_p, guidance: None takes the bundle's default for the modality.
+        size: of the answer, as `read_size` reads it; None: the model chooses.
+        max_new_tokens: most ids of an answer.
+        sampling: options of `Sampling`; None takes the bundle's default for the modality.
 
     Returns:
         The files, in order, without `results.json`.
@@ -70,12 +72,11 @@ def generate_to_folder(
         tok,
         document,
         modality,
+        None if size is None else read_size(size),
         num_samples=num_samples,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        guidance=guidance,
+        max_new_tokens=max_new_tokens,
         seed=first,
+        **sampling,
     )
     seconds = time.perf_counter() - begun
     written = [
@@ -114,6 +115,21 @@ def read_prompt(entry: str) -> Item:
     if len(entry.split()) == 1:
         raise ValueError(f"prompt {entry!r}: no such file; give the path of a .{suffix} file")
     return entry
+
+
+def read_size(text: str) -> float | tuple[int, ...]:
+    """A size as `generate` takes it: "256x256" pixels, "9x64x64" of a film, "1.5" seconds.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    parts = text.lower().split("x")
+    try:
+        return float(text) if len(parts) == 1 else tuple(int(part) for part in parts)
+    except ValueError:
+        raise ValueError(
+            f"size {text!r}: give HEIGHTxWIDTH, FRAMESxHEIGHTxWIDTH or seconds, such as 32x32"
+        ) from None
 
 
 def write_document(document: Document, folder: Path, number: int) -> list[Path]:

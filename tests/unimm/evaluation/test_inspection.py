@@ -159,7 +159,19 @@ def test_a_token_shard(token_shards: Path) -> None:
     total = sum(manifest.tokens.values())
     assert f"  {total:,} ids in 48 documents, {total / 48:.1f} each" in text
     for modality, count in manifest.tokens.items():
-        assert facts[modality] == f"{count:,} {count / total:.1%}"
+        assert facts[modality].startswith(f"{count:,} {count / total:.1%} ")
+    items = {name: facts[name].split()[2:] for name in ("image", "audio", "video")}
+    assert {name: count for name, (count, _) in items.items()} == {
+        "image": "24",
+        "audio": "12",
+        "video": "12",
+    }
+    # 16 codes, 4 digits of size and 2 marks
+    assert items["image"][1] == f"{manifest.tokens['image'] / 24:.1f}" == "22.0"
+    documents = [line.split() for line in text.splitlines() if line.startswith("  {txt} {png}")]
+    assert documents[0][2] == "12"
+    shortest, median, longest = (int(n) for n in documents[0][3:])
+    assert 24 < shortest <= median <= longest < 40
     shares = [float(value) for value in re.findall(r"([\d.]+)%", text)]
     assert sum(shares) == pytest.approx(100, abs=0.3)
 

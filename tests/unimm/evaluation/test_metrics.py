@@ -6,6 +6,7 @@ import torchaudio
 from torch import Tensor
 
 from unimm.evaluation import metrics
+from unimm.evaluation.metrics import sound
 
 SEED = 0
 
@@ -58,6 +59,106 @@ def test_ssim_and_psnr_agree_with_torchmetrics() -> None:
         made, real, data_range=2.0, reduction="none", dim=(1, 2, 3)
     )
     assert torch.allclose(metrics.psnr(made, real, data_range=2.0).float(), trusted, atol=1e-3)
+
+
+def test_ssim_and_psnr_agree_with_scikit_image() -> None:
+    trusted = pytest.importorskip("skimage.metrics")
+    real = _noise(2, 3, 40, 33)
+    made = (real + 0.2 * _noise(2, 3, 40, 33, seed=1)).clamp(-1, 1)
+    for index in range(2):
+        a, b = (x[index].permute(1, 2, 0).double().numpy() for x in (made, real))
+        wanted = trusted.structural_similarity(
+            a,
+            b,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=2.0,
+            channel_axis=-1,
+        )
+        found = metrics.ssim(made, real, data_range=2.0)[index]
+        assert float(found) == pytest.approx(wanted, abs=1e-4)
+        wanted = trusted.peak_signal_noise_ratio(b, a, data_range=2.0)
+        found = metrics.psnr(made, real, data_range=2.0)[index]
+        assert float(found) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_ms_ssim_agrees_with_torchmetrics_on_windows_that_lie_inside() -> None:
+    """torchmetrics reflects the border at the coarsest scale: its windows there are cut off."""
+    functional = pytest.importorskip("torchmetrics.functional.image")
+    real = torch.nn.functional.interpolate(_noise(2, 1, 24, 24), (192, 208), mode="bicubic")
+    real = real.clamp(-1, 1).double()
+    made = (real + 0.2 * _noise(2, 1, 192, 208, seed=1)).clamp(-1, 1)
+    product = torch.ones(2, dtype=torch.float64)
+    x, y = made, real
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        similarity = functional.structural_similarity_index_measure
+        if scale < 4:
+            _, terms = similarity(
+                x, y, data_range=2.0, reduction="none", return_contrast_sensitivity=True
+            )
+            term = terms
+            x, y = (torch.nn.functional.avg_pool2d(z, 2) for z in (x, y))
+        else:
+            _, windows = similarity(x, y, data_range=2.0, return_full_image=True)
+            term = windows[..., 5:-5, 5:-5].flatten(1).mean(dim=1)
+        product *= term**weight
+    assert torch.allclose(metrics.ms_ssim(made, real, data_range=2.0), product, atol=1e-4)
+    assert metrics.ms_ssim(real, real, data_range=2.0).tolist() == pytest.approx([1.0, 1.0])
+    small = _noise(1, 1, 175, 300)
+    assert metrics.ms_ssim(small, small, data_range=2.0).isnan().all()
+
+
+def test_values_outside_the_stated_range_are_refused() -> None:
+    """8-bit values with the range of [-1, 1] would give a PSNR that means nothing."""
+    real = (_noise(1, 3, 16, 16) + 1) * 127.5
+    with pytest.raises(ValueError, match="state the range that the values really have"):
+        metrics.psnr(real, real, data_range=2.0)
+    with pytest.raises(ValueError, match="state the range that the values really have"):
+        metrics.ssim(real, real, data_range=1.0)
+    assert float(metrics.psnr(real, real, data_range=255.0)) == metrics.CEILING
+
+
+def test_the_range_does_not_change_a_figure_that_is_right() -> None:
+    real, made = _noise(1, 3, 24, 24), _noise(1, 3, 24, 24, seed=1)
+    for name in ("psnr", "ssim"):
+        measure = getattr(metrics, name)
+        signed = measure(made, real, data_range=2.0)
+        unit = measure((made + 1) / 2, (real + 1) / 2, data_range=1.0)
+        assert float(unit) == pytest.approx(float(signed), abs=1e-4 if name == "psnr" else 0.02)
+
+
+def test_gradient_and_block_spectra_see_blur_and_not_a_shift_of_grey() -> None:
+    real = _noise(1, 1, 32, 32) * 0.5
+    blurred = torch.nn.functional.avg_pool2d(real, 3, 1, 1)
+    for measure in (metrics.gradient_distance, metrics.dct_distance):
+        assert float(measure(real + 0.25, real)) == pytest.approx(0, abs=1e-3)
+        assert float(measure(blurred, real)) > 10 * float(measure(real + 0.25, real)) + 0.01
+    assert metrics.dct_distance(real[..., :7], real[..., :7]).isnan().all()
+
+
+def test_a_block_spectrum_is_that_of_its_cosine() -> None:
+    place = (torch.arange(8) + 0.5) * math.pi / 8
+    real = 0.1 * torch.cos(2 * place).expand(8, 8)[None, None]
+    # One coefficient of 0.1 * 4 rises tenfold: 20 dB in one of 63.
+    assert float(metrics.dct_distance(10 * real, real)) == pytest.approx(20 / 63, rel=1e-4)
+
+
+def test_the_worst_frame_is_the_one_that_lost_most() -> None:
+    real = torch.zeros(1, 1, 3, 4, 4)
+    made = real.clone()
+    made[:, :, 1], made[:, :, 2] = 0.1, 0.2
+    found = metrics.worst_frame_psnr(made, real, data_range=2.0)
+    assert float(found) == pytest.approx(10 * math.log10(4 / 0.04))
+
+
+def test_stft_distance_is_its_definition() -> None:
+    real = _noise(1, 1, 6000)
+    made = real * 10
+    # Convergence |10 - 1| and |ln 10|, at every resolution.
+    assert float(metrics.stft_distance(made, real)) == pytest.approx(9 + math.log(10), rel=1e-4)
+    assert metrics.stft_distance(real, torch.zeros_like(real)).isnan().all()
+    assert metrics.stft_distance(real[..., :1024], real[..., :1024]).isnan().all()
 
 
 def test_a_wrong_data_range_inflates_both_so_it_has_no_default() -> None:
@@ -139,7 +240,7 @@ def test_a_gain_of_ten_moves_each_spectral_distance_by_its_definition() -> None:
     loud = metrics.mel_distance(made, real, sample_rate=24000)
     # Empty filters (more bands than bins) stand at the floor in both and add nothing.
     cells = []
-    for size, bands in metrics._MEL_SCALES:
+    for size, bands in sound._MEL_SCALES:
         level = metrics.mel_filters(24000, size, bands) @ metrics.magnitudes(real, size)
         ratio = (10 * level).clamp_min(1e-5) / level.clamp_min(1e-5)
         cells.append(ratio.log10().flatten(1).mean(dim=1))

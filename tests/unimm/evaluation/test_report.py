@@ -1,8 +1,11 @@
 import base64
+import hashlib
 import io
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from unimm.evaluation.report_parts import duration, markdown_table, render_item
 from unimm.evaluation.statistics import Mean, Share
 from unimm.signals import Audio, Document, Semantic, Turn, Video
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "img"}
 ATTACK = "</td></script><script>alert('x')</script><img src=http://example.org onerror=alert(1)>"
 
@@ -127,6 +131,52 @@ def test_a_page_is_whole_and_loads_and_runs_nothing(tmp_path: Path) -> None:
     policy = next(a for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert str(policy["content"]).startswith("default-src 'none'")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def _sortable() -> str:
+    report = Report("r")
+    rows = [["b", 10.0], ["c", None], ["a", Mean(9.0, 8.0, 30.0, 4)], ["d", 110.0]]
+    report.table("t", ["codec", ATTACK], rows, sortable=True)
+    return report.html()
+
+
+def test_a_sortable_table_brings_one_script_that_the_policy_knows_by_its_hash() -> None:
+    html = _sortable()
+    [script] = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html
+    assert "alert('x')" not in script
+    assert len(Page(html).all("button")) == 2
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_table_sorts_at_a_click_and_the_browser_refuses_nothing(tmp_path: Path) -> None:
+    """The page as it is, and once more without its policy and with a click of our own."""
+    html = _sortable()
+    clicks = "document.querySelectorAll('th button')[1].click();"
+    without = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
+    shown = []
+    for count in range(3):
+        clicked = without.replace("</body>", f"<script>{clicks * count}</script></body>")
+        (tmp_path / "page.html").write_text(clicked if count else html)
+        done = _browse(tmp_path / "page.html")
+        assert "Content Security Policy" not in done.stderr
+        body = done.stdout[done.stdout.index("<tbody>") :]
+        shown.append("".join(re.findall(r"<tr><td>(\w)</td>", body)))
+    assert shown == ["bcad", "dbac", "abdc"]
+
+
+def _browse(path: Path) -> subprocess.CompletedProcess[str]:
+    assert CHROMIUM is not None
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    profile = f"--user-data-dir={path.parent / 'profile'}"
+    return subprocess.run(
+        [CHROMIUM, *options, profile, "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
 
 
 def test_captions_stay_captions() -> None:
@@ -254,6 +304,16 @@ def test_the_error_map_is_dark_where_pictures_agree() -> None:
         figures.error_map(real, Image.new("RGB", (4, 5)))
 
 
+def test_regions_are_laid_over_the_picture() -> None:
+    picture = Image.new("RGB", (8, 8), (100, 100, 100))
+    overlay = np.asarray(figures.region_overlay(picture, torch.tensor([[0, 1], [0, 1]])))
+    assert overlay.shape == (8, 8, 3)
+    assert (overlay[0, 0] == overlay[7, 3]).all()
+    assert (overlay[0, 0] != overlay[0, 7]).any()
+    with pytest.raises(ValueError, match="rows, columns"):
+        figures.region_overlay(picture, torch.zeros(3))
+
+
 def test_contact_sheets_and_film_strips_show_every_picture() -> None:
     sheet = figures.contact_sheet(
         [_picture(8, seed) for seed in range(5)], columns=3, gap=1, scale=2
@@ -279,6 +339,14 @@ def test_charts_draw_inside_their_frame(values: list[float], log_y: bool) -> Non
         assert 12 <= float(y) <= 214
 
 
+def test_logarithmic_axes_space_powers_evenly_and_leave_out_zero() -> None:
+    points = [(0.0, 1.0), (0.1, 1.0), (1.0, 2.0), (10.0, 3.0)]
+    chart = figures.line_chart({"a": points}, log_x=True, markers=True)
+    x = [float(value) for value in re.findall(r'cx="([-\d.]+)"', chart)]
+    assert len(x) == 3
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
+
+
 def test_charts_leave_out_what_is_not_finite_and_refuse_nothing_at_all() -> None:
     chart = figures.line_chart(
         {"a": [(0, 1.0), (1, math.nan), (2, math.inf), (3, 2.0)]}, markers=True
@@ -286,8 +354,8 @@ def test_charts_leave_out_what_is_not_finite_and_refuse_nothing_at_all() -> None
     assert chart.count("<circle") == 2
     with pytest.raises(ValueError, match="no point of a"):
         figures.line_chart({"a": [(0, math.nan)]})
-    with pytest.raises(ValueError, match="7 series"):
-        figures.line_chart({str(i): [(0, 1.0)] for i in range(7)})
+    with pytest.raises(ValueError, match="11 series"):
+        figures.line_chart({str(i): [(0, 1.0)] for i in range(11)})
     long = figures.line_chart({"a": [(float(i), float(i)) for i in range(10_000)]})
     assert len(long) < 20_000
 

@@ -1,0 +1,127 @@
+"""The reconstruction benchmark on real data, and what the harness itself costs.
+
+    python benchmarks/reconstruction.py --data ../shared/data [--page bench] [--out FOLDER]
+
+One command benchmarks every shipped codec and the classical ones on photographs 800 to 899, two
+films and eight recordings. Then a trivial codec sees 1,000 photographs in the weight-free tier, and
+a shipped one sees 100, so that what the harness does beside coding and measuring can be told.
+Times are wall time and the processor time of all threads: the second is what an idle core takes.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unimm import load_codec
+from unimm.evaluation import metrics
+from unimm.evaluation.reconstruction import Protocol, Results, bench, read_samples, run, runner
+from unimm_tokenizers.adapters import FunctionCodec, FunctionConfig
+from unimm_tokenizers.storage import write_text
+
+QUICK = Protocol(exactness=0, probes=False, examples=0)
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """What a call gives, its wall seconds and its processor seconds."""
+    wall, processor = time.perf_counter(), time.process_time()
+    found = call()
+    return found, time.perf_counter() - wall, time.process_time() - processor
+
+
+def trivial() -> FunctionCodec:
+    config = FunctionConfig(modality="image", codebook_size=256, num_codebooks=3)
+    return FunctionCodec(config, lambda x: ((x + 1) * 127.5).round(), lambda c: c / 127.5 - 1)
+
+
+def thousand(photos: Path) -> dict[str, float]:
+    """The weight-free tier on 1,000 photographs, 900 different ones."""
+    samples = read_samples(photos)
+    samples += [s._replace(key=f"again-{s.key}") for s in samples[: 1000 - len(samples)]]
+    codec = trivial()
+    results, wall, processor = timed(lambda: run({"trivial": codec}, samples, QUICK))
+    return {"photographs": len(results.rows), "wall_seconds": wall, "processor_seconds": processor}
+
+
+@contextmanager
+def watched(owner: Any, name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Adds up the processor time that a function of a module takes."""
+    own = getattr(owner, name)
+    seconds[name] = 0.0
+
+    def call(*values: Any) -> Any:
+        found, _, processor = timed(lambda: own(*values))
+        seconds[name] += processor
+        return found
+
+    setattr(owner, name, call)
+    yield
+    setattr(owner, name, own)
+
+
+def overhead(photos: Path) -> dict[str, float]:
+    """Share of a codec's own time that the harness takes beside coding, reading and measuring."""
+    codec = load_codec("dialpad/image")
+    samples = read_samples(photos / "photos-000008.tar")
+    seconds: dict[str, float] = {}
+    with (
+        watched(runner, "code", seconds),
+        watched(runner, "reference", seconds),
+        watched(metrics, "measure", seconds),
+    ):
+        _, wall, processor = timed(lambda: run({"dialpad/image": codec}, samples, QUICK))
+    rest = processor - sum(seconds.values())
+    share = rest / seconds["code"]
+    total = {"wall_seconds": wall, "processor_seconds": processor}
+    return {**total, **seconds, "harness": rest, "harness_share_of_coding": share}
+
+
+def everything(data: Path, page: Path) -> tuple[Results, dict[str, float]]:
+    """Every shipped codec and the classical ones on photographs, films and recordings."""
+    places = [data / "photos" / "photos-000008.tar", data / "audio", data / "video"]
+    protocol = Protocol(split="photographs 800 to 899, eight recordings, two films")
+    names = ["shipped", "classical"]
+    results, wall, processor = timed(lambda: bench(names, places, page, protocol, progress=True))
+    return results, {"wall_seconds": wall, "processor_seconds": processor}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--page", type=Path, default=Path("bench"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    results, whole = everything(arguments.data, arguments.page)
+    costs = {
+        "everything": whole,
+        "1,000 photographs": thousand(arguments.data / "photos"),
+        "harness": overhead(arguments.data / "photos"),
+    }
+    name = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{platform.machine()}"
+    )
+    head = f"{name}, {torch.get_num_threads()} threads of torch, {load} at the start"
+    stem = f"{datetime.now(UTC):%Y-%m-%d}-{name.replace(' ', '-').lower()}-reconstruction"
+    content = {"head": head, "costs": costs, **results.to_dict()}
+    lines = "".join(
+        f"| {what} | {figure} | {value:.4g} |\n"
+        for what, figures in costs.items()
+        for figure, value in figures.items()
+    )
+    text = f"{head}\n\n| run | figure | value |\n| --- | --- | --- |\n{lines}\n{results.table()}"
+    write_text(arguments.out / f"{stem}.json", json.dumps(content, indent=1) + "\n")
+    write_text(arguments.out / f"{stem}.md", text)
+    print(lines)
+
+
+if __name__ == "__main__":
+    main()
