@@ -21,8 +21,11 @@ _HOMES = {
     "build_codec": "unimm_tokenizers",
     "load_codec": "unimm.tokenizer",
     "presets": "unimm_tokenizers",
+    "push_to_hub": "unimm.checkpoint",
     "generate": "unimm.generation",
+    "reconstruct": "unimm.views",
     "score": "unimm.generation",
+    "show": "unimm.views",
     "stream": "unimm.generation",
 }
 
@@ -40,15 +43,20 @@ __all__ = [
     "generate",
     "load_codec",
     "presets",
+    "push_to_hub",
+    "reconstruct",
     "score",
+    "show",
     "stream",
 ]
 
 if TYPE_CHECKING:
+    from unimm.checkpoint import push_to_hub
     from unimm.generation import generate, score, stream
     from unimm.model import ModelConfig, UnifiedLM
     from unimm.signals import Audio, Semantic, Turn, Video
     from unimm.tokenizer import UnifiedTokenizer, load_codec
+    from unimm.views import reconstruct, show
     from unimm.vocabulary import Vocabulary
     from unimm_tokenizers import build_codec, presets
 

@@ -405,3 +405,25 @@ def test_both_audio_layouts_move_the_clock_alike() -> None:
 def test_layout_refuses_malformed_ids() -> None:
     with pytest.raises(GrammarError, match="position 2"):
         STRICT.layout(torch.tensor([BOS, IMAGE]))
+
+
+def test_a_fixed_grid_is_not_written() -> None:
+    """Chameleon's pictures: markers around the codes, and no sizes."""
+    vocabulary = Vocabulary(10, {"image": [16]}, grids={"image": [2, 3]})
+    grammar = Grammar(vocabulary)
+    codes = torch.arange(6).view(1, 2, 3)
+    ids = grammar.encode([Segment("text", torch.tensor([1])), Segment("image", codes)])
+    start = vocabulary["image.0"].start
+    marks = [vocabulary.marker(name) for name in ("<image>", "</image>", "<eos>")]
+    assert ids.tolist()[2:] == [marks[0], *range(start, start + 6), *marks[1:]]
+    (_, image) = grammar.parse(ids)
+    assert torch.equal(image.codes, codes)
+    assert grammar.layout(ids).positions[:, 3:9].tolist() == [
+        [3] * 6,
+        [3, 3, 3, 4, 4, 4],
+        [3, 4, 5, 3, 4, 5],
+    ]
+    with pytest.raises(ValueError, match=r"fixes the grid at \(1, 2, 3\) .* got \(1, 3, 2\)"):
+        grammar.encode([Segment("image", codes.view(1, 3, 2))])
+    with pytest.raises(GrammarError, match="</image>"):
+        grammar.parse(torch.cat([ids[:9], ids[8:]]))

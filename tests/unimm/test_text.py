@@ -1,15 +1,19 @@
 """Every string comes back as it was; every id decodes."""
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sentencepiece
+import tokenizers
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from unimm.text import TextModel
+from unimm.text import HuggingFaceModel, SentencePieceModel, TextModel, text_file
+from unimm.tokenizer import UnifiedTokenizer
 
 LINES = ["seven eight nine", "up and down", "naïve café"] * 3
 TEXT = TextModel.train(LINES, size=300)
@@ -87,3 +91,93 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
 def test_bad_text_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def foreign_pieces(prefix: bool) -> bytes:
+    """A SentencePiece model such as Llama 2's: <unk>, <s>, </s>, bytes, BPE, a space before all."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES * 5),
+        model_writer=out,
+        vocab_size=300,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=prefix,
+        minloglevel=3,
+    )
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_foreign_sentencepiece(prefix: bool) -> None:
+    """Its pieces behind <unk>, <s> and </s>; text is cut as it cuts it, and comes back."""
+    model = SentencePieceModel(foreign_pieces(prefix))
+    source = sentencepiece.SentencePieceProcessor(model_proto=model.model)
+    assert model.first == 3
+    assert model.size == source.get_piece_size() - 3
+    for text in (
+        "one two",
+        " one  two ",
+        "\u4f60 \U0001f600\n",
+        "a\u2581b \u2581\u2581c",
+        "</s> <s>",
+    ):
+        ids = model.encode(text)
+        assert model.decode(ids) == text
+        assert int(ids.min()) >= 0
+        if "\u2581" not in text:
+            assert (ids + 3).tolist() == source.encode(text)
+    assert TextModel.train(LINES, 300).first == 0  # ours begin with <unk>, and no control pieces
+
+
+def byte_level() -> HuggingFaceModel:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(LINES, trainer)
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9)
+    return HuggingFaceModel(tokenizer.to_str().encode())
+
+
+BYTE_LEVEL = byte_level()
+
+
+@given(st.text())
+@settings(max_examples=100, deadline=None)
+def test_a_hugging_face_model_gives_every_string_back(text: str) -> None:
+    model = BYTE_LEVEL
+    ids = model.encode(text)
+    assert model.decode(ids) == text
+    assert ids.dtype == torch.int64
+    assert ids.numel() == 0 or int(ids.max()) < model.size
+
+
+def test_control_pieces_are_never_made_of_text() -> None:
+    for text in ("</s>", "a<s>b", "<s></s>"):
+        assert not {0, 1} & set(BYTE_LEVEL.encode(text).tolist())
+    assert BYTE_LEVEL.decode(torch.tensor([1])) == "</s>"
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        BYTE_LEVEL.encode("\ud800")
+
+
+def test_a_bundle_holds_one_text_model(tmp_path: Path) -> None:
+    assert text_file(tmp_path).name == "text.model"
+    for model in (TEXT, BYTE_LEVEL, TEXT):
+        UnifiedTokenizer(model).save_pretrained(tmp_path)
+        assert [p.name for p in sorted(tmp_path.glob("t*"))] == [model.file]
+        again = UnifiedTokenizer.from_pretrained(tmp_path).text
+        assert type(again) is type(model)
+        assert again.model == model.model
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer.json: the text model is damaged"):
+        TextModel.load(tmp_path / "tokenizer.json")

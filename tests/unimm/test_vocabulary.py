@@ -210,3 +210,20 @@ def test_load_names_the_file(tmp_path: Path) -> None:
         Vocabulary.load(path)
     path.write_text(Vocabulary(300, CODECS).to_json())
     assert Vocabulary.load(path) == Vocabulary(300, CODECS)
+
+
+def test_a_fixed_grid_is_part_of_the_vocabulary() -> None:
+    plain = Vocabulary(300, {"image": [512]})
+    fixed = Vocabulary(300, {"image": [512]}, grids={"image": [4, 4]})
+    assert fixed.fingerprint != plain.fingerprint
+    assert Vocabulary.from_dict(fixed.to_dict()) == fixed
+    assert fixed.extended({"audio": [64]}).grids == {"image": [4, 4]}
+    assert "grids" not in plain.to_dict()  # older vocabularies keep their fingerprint
+
+
+@pytest.mark.parametrize(
+    "grids", [{"image": [4]}, {"image": [4, 0]}, {"audio": [4, 4]}, {"x": [1]}]
+)
+def test_grids_that_cannot_be(grids: dict[str, list[int]]) -> None:
+    with pytest.raises(ValueError, match="grid"):
+        Vocabulary(300, {"image": [512], "audio": [64]}, grids=grids)

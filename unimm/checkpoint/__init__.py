@@ -1,9 +1,10 @@
 """Bundles: folders of safetensors and JSON that hold a tokenizer, a language model, or both.
 
-    vocabulary.json  text.model  codecs/<modality>/{config.json, model.safetensors}
+    vocabulary.json  text.model | tokenizer.json  codecs/<modality>/{config.json, model.safetensors}
     lm/{config.json, model.safetensors}  generation.json  README.md  index.json
 
-`index.json` holds the sha256 of every other file: safetensors does not notice a changed byte.
+Weights above 5 GB stand in shards, as on the Hub. `index.json` holds the sha256 of every other
+file: safetensors does not notice a changed byte.
 Nothing in a bundle can run code.
 """
 
@@ -13,17 +14,14 @@ import difflib
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-import httpx2
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+from unimm.checkpoint.card import Card, Score
+from unimm.checkpoint.hub import HubMixin, cached, fits, upload
+from unimm.checkpoint.weights import adopt, load_weights, save_weights
 from unimm_tokenizers.codec import config_from_dict
 from unimm_tokenizers.storage import (
     CONFIG_FILE,
-    load_weights,
     read_json,
     replacing,
-    save_model,
     sha256,
     write_json,
     write_text,
@@ -33,17 +31,21 @@ __all__ = [
     "CODECS_FOLDER",
     "GENERATION_FILE",
     "LM_FOLDER",
-    "TEXT_FILE",
     "VOCABULARY_FILE",
+    "Card",
+    "HubMixin",
+    "Score",
+    "adopt",
     "did_you_mean",
     "find_bundle",
     "lm_folder",
     "load_weights",
+    "push_to_hub",
     "read_config",
     "read_json",
     "reopen",
     "replacing",
-    "save_model",
+    "save_weights",
     "seal",
     "sha256",
     "shipped_bundles",
@@ -53,12 +55,11 @@ __all__ = [
 ]
 
 VOCABULARY_FILE = "vocabulary.json"
-TEXT_FILE = "text.model"
 CODECS_FOLDER = "codecs"
 LM_FOLDER = "lm"
 GENERATION_FILE = "generation.json"
 INDEX_FILE = "index.json"
-SHIPPED = Path(__file__).parent / "pretrained"
+SHIPPED = Path(__file__).parents[1] / "pretrained"
 
 Config = TypeVar("Config")
 
@@ -68,8 +69,13 @@ def shipped_bundles() -> list[str]:
     return sorted(folder.name for folder in SHIPPED.iterdir() if (folder / INDEX_FILE).exists())
 
 
-def find_bundle(name_or_path: str | Path) -> Path:
+def find_bundle(name_or_path: str | Path, revision: str | None = None) -> Path:
     """Folder of a bundle: a local folder first, then a shipped name, then a Hub repository id.
+
+    Args:
+        name_or_path: folder, shipped name, "owner/name" or "owner/name@revision".
+        revision: commit, tag or branch of a Hub repository. What the Hub's cache holds of it is
+            taken from there; only a commit names the same files for ever.
 
     Raises:
         ValueError: nothing is found, or a file of it was changed; says what was looked for.
@@ -85,35 +91,54 @@ def find_bundle(name_or_path: str | Path) -> Path:
     looked = f"no folder {name!r} and no shipped bundle of that name ({_listed(shipped_bundles())})"
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
         raise ValueError(f"{looked}; give a folder, a shipped name or a Hub id 'owner/name'")
-    try:
-        local = snapshot_download(name, local_files_only=True)
-    except LocalEntryNotFoundError:
-        local = _download(name, looked)
-    verify(Path(local))
-    return Path(local)
+    repository, _, pinned = name.partition("@")
+    local = cached(repository, revision or pinned or None, looked)
+    verify(local)
+    return local
 
 
-def _download(name: str, looked: str) -> str:
-    try:
-        # Without this short question first, the download retries for about 23 s when offline.
-        HfApi().model_info(name, timeout=1.0)
-        return snapshot_download(name)
-    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{looked}; the Hub gave no repository {name!r}: {reason}") from None
+def push_to_hub(
+    folder: str | Path,
+    repository: str,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    message: str = "Upload with unimm",
+) -> str:
+    """Upload a bundle or a codec folder to the Hub; a sealed one is checked first.
+
+    Args:
+        folder: what to upload; it may hold data alone, nothing that could run code.
+        repository: "owner/name"; made where there is none.
+        revision: branch to write to; None: the main one.
+        private: of a repository that is made; None: the owner's own default.
+        message: of the commit.
+
+    Returns:
+        The commit's id: what `revision` names for ever.
+
+    Raises:
+        ValueError: a file was changed since the bundle was sealed, or is of a kind that bundles do
+            not hold, or the Hub refuses.
+    """
+    verify(folder)
+    foreign = [name for name in _files(Path(folder)) if not fits(name)]
+    if foreign:
+        raise ValueError(f"{folder}: bundles hold no such file as {foreign[0]!r}: take it away")
+    return upload(folder, repository, revision, private, message)
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names) or "none is shipped"
 
 
-def lm_folder(name_or_path: str | Path) -> Path:
+def lm_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     """Folder of a bundle's language model.
 
     Raises:
         ValueError: there is no such bundle, or it holds no language model.
     """
-    folder = find_bundle(name_or_path) / LM_FOLDER
+    folder = find_bundle(name_or_path, revision) / LM_FOLDER
     if not folder.is_dir():
         raise ValueError(f"{folder.parent}: this bundle holds no language model")
     return folder

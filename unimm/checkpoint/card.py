@@ -1,0 +1,84 @@
+"""The card of a bundle: Markdown with the metadata that the Hub reads.
+
+Hugging Face's model card specification (hub docs, "Model Cards"): YAML between dashes, then text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from unimm_tokenizers.storage import sha256, write_text
+
+CARD_FILE = "README.md"
+_HASHED = (".safetensors", ".model", ".json")
+
+
+class Score(NamedTuple):
+    """A figure of a codec's reconstruction: codec, data, what was measured, value."""
+
+    codec: str
+    data: str
+    figure: str
+    value: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a card says; what is not known is said to be unknown, never left to guess.
+
+    title: its heading. licence: an SPDX name in small letters, or "other". data: what it was
+    trained on. summary: a paragraph. base_model: Hub id or name of the model that it was made from.
+    facts: rows of the table of parts, name -> what it is. scores: reconstruction figures.
+    """
+
+    title: str
+    licence: str = "other"
+    data: str = "not stated"
+    summary: str = ""
+    base_model: str | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+    scores: Sequence[Score] = ()
+
+    def write(self, folder: str | Path) -> None:
+        """Write `README.md`, with the sha256 of every file that stands in the folder."""
+        folder = Path(folder)
+        write_text(folder / CARD_FILE, self.text(_hashes(folder)))
+
+    def text(self, hashes: Mapping[str, str]) -> str:
+        """The card, with a table of file hashes."""
+        metadata = {
+            "library_name": "unimm",
+            "license": self.licence,
+            "pipeline_tag": "any-to-any",
+            "tags": ["unimm"],
+        }
+        if self.base_model is not None:
+            metadata["base_model"] = self.base_model
+        lines = ["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", ""]
+        lines += [f"# {self.title}", ""]
+        lines += [self.summary, ""] if self.summary else []
+        lines += _table(("part", "what it is"), self.facts.items())
+        lines += ["## Training data", "", self.data, "", "## Licence", "", self.licence, ""]
+        lines += ["## Reconstruction", ""]
+        if self.scores:
+            lines += _table(Score._fields, self.scores)
+        else:
+            lines += ["Not measured: `unimm bench` does.", ""]
+        lines += ["## Files", "", *_table(("file", "sha256"), hashes.items())]
+        return "\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    cells = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    made = [f"| {' | '.join(row)} |" for row in cells]
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *made, ""] if made else []
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    paths = sorted(p for p in folder.rglob("*") if p.suffix in _HASHED and p.name != "index.json")
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}

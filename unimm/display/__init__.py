@@ -1,0 +1,1 @@
+"""What notebooks show: building blocks of HTML (`html`) and of pictures and sounds (`media`)."""
