@@ -108,7 +108,13 @@ def imported(path: Path) -> tuple[set[str], set[str]]:
     """Top-level names that a file imports: at import, and only when some function runs."""
     tree = ast.parse(path.read_text())
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    inside = {id(node) for function in functions for node in ast.walk(function)}
+    # For the type checker alone: never run.
+    typing = [
+        n
+        for n in ast.walk(tree)
+        if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"
+    ]
+    inside = {id(node) for part in (*functions, *typing) for node in ast.walk(part)}
     early, late = set(), set()
     for node in ast.walk(tree):
         names = []

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         fit.add_argument("-c", "--config", action="append", default=[], metavar="RECIPE.yaml")
 
     shards = add("shards", _shards, "pictures, sounds, films, captions -> raw shards")
-    shards.add_argument("source", help="folder, JSONL, or 'dialpad' (made by rule)")
+    shards.add_argument("source", help="folder, JSONL, CSV, Parquet, or 'dialpad' (made by rule)")
     shards.add_argument("--out", type=Path, required=True)
     shards.add_argument("--world", choices=("dialpad", "digits"), help="how to read the source")
     shards.add_argument("--split", choices=("train", "val"), default="train", help="digits only")
@@ -109,10 +109,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     tokenize.add_argument("--documents-per-sample", type=int, default=1)
     tokenize.add_argument("--out", type=Path, required=True)
-    tokenize.add_argument("--workers", type=int, default=1)
     tokenize.add_argument("--seed", type=int, default=0)
+    tokenize.add_argument("--engine", choices=("local", "ray"), default="local")
+    tokenize.add_argument("--workers", type=int, help="processes, or Ray actors")
+    tokenize.add_argument("--device", default="cpu", help="of the codecs: cpu, cuda, cuda:1")
+    tokenize.add_argument("--ray-address", help="of a running cluster; default: start one here")
+    tokenize.add_argument("--batch-size", type=int, default=64, help="signals coded together")
+    tokenize.add_argument("--decoders", type=int, default=1, help="decoding threads of a worker")
+    tokenize.add_argument(
+        "--max-skipped", type=float, default=0.001, help="share of a shard that may be unusable"
+    )
+    tokenize.add_argument(
+        "--max-failed", type=float, help="shards that may fail; below 1, a share of all"
+    )
     tokenize.add_argument("--overwrite", action="store_true")
-    tokenize.add_argument("--verify", action="store_true", help="check sha256 of sources")
+    tokenize.add_argument(
+        "--verify", action="store_true", help="compare committed shards byte for byte, too"
+    )
+    tokenize.add_argument("--allow-pipe", action="store_true", help="run 'pipe:' commands")
 
     generate = add("generate", _generate, "continue a document")
     generate.add_argument("--model", required=True)
@@ -123,9 +137,25 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", type=Path, required=True)
     generate.add_argument("--num-samples", type=int, default=1)
     generate.add_argument("--seed", type=int)
-    for name in ("temperature", "top-p", "guidance"):
+    generate.add_argument(
+        "--size", help="pixels as HEIGHTxWIDTH, seconds, or FRAMESxHEIGHTxWIDTH; default: any"
+    )
+    generate.add_argument("--max-new-tokens", type=int)
+    for name in ("temperature", "top-p", "min-p", "repetition-penalty", "guidance"):
         generate.add_argument(f"--{name}", type=float)
     generate.add_argument("--top-k", type=int)
+
+    serve = add("serve", _serve, "the web page of a bundle, on this machine")
+    serve.add_argument("--model", required=True, help="bundle: shipped name or folder")
+    serve.add_argument("--host", default="127.0.0.1", help="address; default: this machine alone")
+    serve.add_argument("--port", type=int, default=7860)
+    serve.add_argument("--max-upload-mb", type=int, default=20)
+
+    converse = add("converse", _converse, "judged conversations of four turns, dial-pad world")
+    converse.add_argument("--model", required=True, help="bundle: shipped name or folder")
+    converse.add_argument("--runs", type=int, default=100)
+    converse.add_argument("--seed", type=int, default=0)
+    converse.add_argument("--out", type=Path, required=True)
 
     bench = add("bench", _bench, "reconstruction benchmark of codecs")
     bench.add_argument("codecs", nargs="+", metavar="CODEC")
@@ -138,8 +168,25 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--tokenizer", help="the bundle that the language model was trained with")
     export.add_argument("--half", action="store_true", help="store weights in half precision")
 
+    convert = add("convert", _convert, "Hugging Face folder <-> bundle, by what the source is")
+    convert.add_argument("source", help="folder, shipped bundle or Hub id owner/name@revision")
+    convert.add_argument("out", type=Path)
+    convert.add_argument("--codec", action="append", default=[], help="codec to grow by; repeat")
+    convert.add_argument("--vqgan", type=Path, help="Chameleon's picture tokenizer with decoder")
+
+    push = add("push", _push, "upload a bundle or a codec folder to the Hugging Face Hub")
+    push.add_argument("folder", type=Path)
+    push.add_argument("repository", help="owner/name")
+    push.add_argument("--revision", help="branch to write to")
+    push.add_argument("--private", action="store_true", default=None)
+
     inspect = add("inspect", _inspect, "what a bundle, a codec, a checkpoint or a shard holds")
     inspect.add_argument("path")
+    inspect.add_argument(
+        "--html", type=Path, help="also write a page of a shard's samples, decoded"
+    )
+    inspect.add_argument("--tokenizer", help="codes and decodes what the page shows")
+    inspect.add_argument("--raw", type=Path, help="raw shard to show beside a token shard")
     add("doctor", _doctor, "what this machine can do, and what would stop a run")
     return parser
 
@@ -164,12 +211,17 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _fit(options: argparse.Namespace) -> int:
     from unimm.training.launch import launch
+    from unimm.training.stops import RunStopped
 
     if not options.config:
         print("unimm: error: name a recipe with -c RECIPE.yaml", file=sys.stderr)
         return USAGE
     recipes = [part for recipe in options.config for part in ("-c", recipe)]
-    launch([*recipes, *options.rest], subcommand=options.command)
+    try:
+        launch([*recipes, *options.rest], subcommand=options.command)
+    except RunStopped as stopped:
+        print(f"unimm: {_line(stopped)}", file=sys.stderr)
+        return stopped.exit_code
     return 0
 
 
@@ -199,32 +251,33 @@ def _tokenizer(options: argparse.Namespace) -> int:
 
 
 def _tokenize(options: argparse.Namespace) -> int:
-    from unimm.data.shards import ShardReader, expand
-    from unimm.data.templates import default_templates, load_templates
+    from unimm.data.templates import load_templates
     from unimm.data.tokenize import TokenizeConfig
-    from unimm.data.tokenize_many import tokenize_shards
-    from unimm.tokenizer import UnifiedTokenizer
+    from unimm.data.tokenize_many import RunConfig, tokenize_shards
 
-    if options.templates is not None:
-        templates = load_templates(options.templates)
-    else:
-        vocabulary = UnifiedTokenizer.from_pretrained(options.tokenizer).vocabulary
-        first = ShardReader(expand(options.shards)[0])
-        if not len(first):
-            raise ValueError(f"{first.path}: holds no sample")
-        templates = default_templates(first.samples[0], vocabulary.modalities)
     config = TokenizeConfig(
         documents_per_sample=options.documents_per_sample,
         seed=options.seed,
+        max_skipped=options.max_skipped,
+        batch_size=options.batch_size,
+        decoders=options.decoders,
         verify=options.verify,
+    )
+    run = RunConfig(
+        engine=options.engine,
+        workers=options.workers,
+        device=options.device,
+        ray_address=options.ray_address,
+        max_failed=options.max_failed,
+        allow_pipe=options.allow_pipe,
     )
     summary = tokenize_shards(
         options.shards,
         options.out,
         options.tokenizer,
-        templates,
+        None if options.templates is None else load_templates(options.templates),
         config,
-        workers=options.workers,
+        run,
         overwrite=options.overwrite,
     )
     print(summary)
@@ -243,12 +296,31 @@ def _generate(options: argparse.Namespace) -> int:
         options.out,
         num_samples=options.num_samples,
         seed=options.seed,
+        size=options.size,
+        max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
         guidance=options.guidance,
     )
     print("\n".join(str(path) for path in paths))
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from unimm.evaluation.serve import serve
+
+    return serve(
+        options.model, host=options.host, port=options.port, max_upload_mb=options.max_upload_mb
+    )
+
+
+def _converse(options: argparse.Namespace) -> int:
+    from unimm.evaluation.conversation import converse
+
+    print(converse(options.model, options.out, runs=options.runs, seed=options.seed))
     return 0
 
 
@@ -269,10 +341,35 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(options: argparse.Namespace) -> int:
+    from unimm.conversion import convert
+    from unimm.tokenizer import load_codec
+
+    codecs = [load_codec(name) for name in options.codec]
+    print(convert(options.source, options.out, codecs, options.vqgan))
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from unimm.checkpoint import push_to_hub
+
+    commit = push_to_hub(
+        options.folder, options.repository, revision=options.revision, private=options.private
+    )
+    print(f"{options.repository}@{commit}")
+    return 0
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from unimm.evaluation.inspection import inspect
+    from unimm.evaluation.inspection_page import write_shard_page
+    from unimm.tokenizer import UnifiedTokenizer
 
     print(inspect(options.path))
+    if options.html is not None:
+        name = options.tokenizer
+        tokenizer = None if name is None else UnifiedTokenizer.from_pretrained(name)
+        print(write_shard_page(options.path, options.html, tokenizer, raw=options.raw))
     return 0
 
 

@@ -9,7 +9,7 @@
               | <audio> size(t) code{t}(level 0) ... code{t}(level K-1) </audio>   level layout
     semantic := <semantic> (code{K})* </semantic>
     turn     := <user> | <assistant>
-    size(n)  := two digit tokens, base 256
+    size(n)  := two digit tokens, base 256; left out where the vocabulary fixes the grid
 
 Each modality is one `Rule`: its markers, the sizes it writes, the order of its codes. Writing,
 reading, masks for generation, (t, h, w) positions and modality ids all ask that rule. Offsets
@@ -23,7 +23,7 @@ side (after Qwen2-VL's M-RoPE, arXiv 2409.12191, section 2.1).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -101,6 +101,7 @@ class Rule:
     order: Order
     starts: tuple[int, ...]  # first id of each codec level
     ends: tuple[int, ...]
+    fixed: tuple[int, int, int] | None = None  # (t, h, w) that never vary and are not written
 
     @property
     def num_levels(self) -> int:
@@ -110,7 +111,12 @@ class Rule:
     @property
     def header(self) -> int:
         """Ids between the opening marker and the first code."""
-        return SIZE_DIGITS * len(self.axes)
+        return SIZE_DIGITS * len(self.written)
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Axes whose sizes stand in a sequence."""
+        return self.axes if self.fixed is None else ()
 
     def count(self, sizes: tuple[int, int, int]) -> int:
         """Number of codes of an item with (t, h, w) sizes (1 where an axis is not written)."""
@@ -157,6 +163,12 @@ class Rule:
         return int(bad.nonzero()[0]) if bool(bad.any()) else len(ids)
 
 
+def _sides(grid: Sequence[int]) -> tuple[int, int, int]:
+    """A raster grid (h, w) or (t, h, w) -> (t, h, w)."""
+    t, h, w = (1,) * (3 - len(grid)) + tuple(grid)
+    return t, h, w
+
+
 def _find(tokens: list[int], token: int, start: int) -> int:
     """Where a token stands from `start` on; the end where it does not."""
     try:
@@ -181,6 +193,7 @@ class Grammar:
             levelled = modality == "audio" and vocabulary.audio_layout == "level"
             axes, order = _TABLE["audio/level" if levelled else modality]
             blocks = vocabulary.levels(modality)
+            grid = vocabulary.grids.get(modality)
             self.rules[modality] = Rule(
                 modality=modality,
                 open=vocabulary.marker(f"<{modality}>"),
@@ -189,6 +202,7 @@ class Grammar:
                 order=order,
                 starts=tuple(block.start for block in blocks),
                 ends=tuple(block.end for block in blocks),
+                fixed=None if grid is None else _sides(grid),
             )
 
     @cached_property
@@ -235,7 +249,7 @@ class Grammar:
             self._require_range(codes[level], end - start, f"{where}, level {level}")
         header = [rule.open]
         for axis, size in zip("thw", sizes, strict=True):
-            if axis in rule.axes:
+            if axis in rule.written:
                 header.extend(self.size_ids(size))
         return [torch.tensor(header), rule.flatten(codes), torch.tensor([rule.close])]
 
@@ -258,8 +272,12 @@ class Grammar:
             raise ValueError(f"{where}: grid sizes must be 1 to {MAX_SIZE}, got {tuple(lengths)}")
         if rule.order != "raster":
             return lengths[0], 1, 1
-        padded = (1,) * (3 - len(lengths)) + tuple(lengths)
-        return padded[0], padded[1], padded[2]
+        sizes = _sides(lengths)
+        if rule.fixed not in (None, sizes):
+            raise ValueError(
+                f"{where}: this vocabulary fixes the grid at {rule.fixed} (t, h, w), got {sizes}"
+            )
+        return sizes
 
     def size_ids(self, size: int) -> list[int]:
         """The two digit tokens that write a size (1 to 65,535)."""
@@ -369,6 +387,8 @@ class Grammar:
         return Span(name, start, stop + 1, sizes)
 
     def _read_sizes(self, tokens: list[int], start: int, rule: Rule) -> tuple[int, int, int]:
+        if rule.fixed is not None:
+            return rule.fixed
         digit = self.vocabulary["digit"]
         sizes = {"t": 1, "h": 1, "w": 1}
         at = start + 1

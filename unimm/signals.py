@@ -52,6 +52,13 @@ class Audio:
         channels, time = self.samples.shape
         return f"Audio({channels} x {time} samples, {self.sample_rate} Hz, {self.seconds:.3f} s)"
 
+    def _repr_html_(self) -> str:
+        # Imported here, as below: pictures are drawn in notebooks alone, and torch loads late.
+        from unimm.display import media
+
+        caption = f"{self.seconds:.2f} s, {self.sample_rate} Hz"
+        return media.sound(self.samples.detach().float().cpu().numpy(), self.sample_rate, caption)
+
 
 @dataclass(frozen=True, eq=False)
 class Video:
@@ -84,6 +91,13 @@ class Video:
         time, height, width, _ = self.frames.shape
         return f"Video({time} frames of {height} x {width}, {self.fps:g} fps)"
 
+    def _repr_html_(self) -> str:
+        from unimm.display import media
+
+        time, height, width, _ = self.frames.shape
+        caption = f"{time} frames of {width} x {height}, {self.fps:g} fps"
+        return media.film(self.frames.cpu().numpy(), self.fps, caption)
+
 
 @dataclass(frozen=True, eq=False)
 class Semantic:
@@ -94,6 +108,12 @@ class Semantic:
     def __repr__(self) -> str:
         width, height = self.image.size
         return f"Semantic({height} x {width} picture)"
+
+    def _repr_html_(self) -> str:
+        from unimm.display import media
+
+        width, height = self.image.size
+        return media.picture(self.image, f"{width} x {height}, by regions")
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torchaudio
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from unimm.checkpoint import (
     CODECS_FOLDER,
     GENERATION_FILE,
-    TEXT_FILE,
     VOCABULARY_FILE,
+    HubMixin,
     find_bundle,
     read_json,
     reopen,
@@ -26,9 +26,10 @@ from unimm.checkpoint import (
     write_json,
     write_text,
 )
+from unimm.display import html
 from unimm.sequence import Grammar, Segment
 from unimm.signals import Audio, Item, Semantic, Turn, Video
-from unimm.text import TextModel
+from unimm.text import FILES, TextModel, text_file
 from unimm.vocabulary import AudioLayout, Vocabulary
 from unimm_tokenizers.codec import PADDING_CODE, Codec
 
@@ -71,13 +72,19 @@ def joined(document: Sequence[Item]) -> list[Item]:
     return items
 
 
-class UnifiedTokenizer:
+class UnifiedTokenizer(HubMixin):
     """Text model + codecs + vocabulary + grammar.
+
+    >>> tok = UnifiedTokenizer.from_pretrained("digits")
+    >>> ids = tok.encode(["seven"])
+    >>> tok.decode(ids)
+    ['seven']
 
     Args:
         text: the text model.
         codecs: one codec per modality of its own; a codec that also serves film gives "video".
         audio_layout: "frame" or "level"; see `unimm.sequence`.
+        grids: modality -> code grid that never varies; see `Vocabulary`. Pictures are cut to fit.
         defaults: modality -> sampling defaults, as `generation.json` holds them.
     """
 
@@ -87,6 +94,7 @@ class UnifiedTokenizer:
         codecs: Sequence[Codec] = (),
         *,
         audio_layout: AudioLayout = "frame",
+        grids: Mapping[str, Sequence[int]] | None = None,
         defaults: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.text = text
@@ -102,12 +110,18 @@ class UnifiedTokenizer:
             {codec.modality: [codec.codebook_size] * codec.num_codebooks for codec in own},
             share={m: codec.modality for m, codec in self.codecs.items() if m != codec.modality},
             audio_layout=audio_layout,
+            grids=grids,
         )
         self.grammar = Grammar(self.vocabulary)
         self.defaults = {modality: dict(values) for modality, values in (defaults or {}).items()}
 
     def __repr__(self) -> str:
         return f"UnifiedTokenizer({', '.join(self.vocabulary.modalities)}; {self.vocabulary})"
+
+    def _repr_html_(self) -> str:
+        kinds = (f"{modality}: {codec!r}" for modality, codec in self.codecs.items())
+        facts = [("text", self.text), *(("codec", kind) for kind in kinds)]
+        return html.card("UnifiedTokenizer", facts, self.vocabulary._repr_html_())
 
     def to(self, device: torch.device | str) -> Self:
         """Move the codecs."""
@@ -185,6 +199,10 @@ class UnifiedTokenizer:
             return video_signal(item, codec)
         picture = item.image if isinstance(item, Semantic) else item
         assert isinstance(picture, Image.Image)
+        grid = self.vocabulary.grids.get(modality_of(item))
+        if grid is not None:
+            height, width = (n * d for n, d in zip(grid, codec.downsample[-2:], strict=True))
+            picture = fitted(picture, height, width)
         return image_signal(picture, codec)
 
     # Ids to documents
@@ -239,27 +257,34 @@ class UnifiedTokenizer:
         for modality, codec in self.codecs.items():
             if modality == codec.modality:
                 codec.save_pretrained(folder / CODECS_FOLDER / modality, dtype)
-        self.text.save(folder / TEXT_FILE)
+        self.text.save(folder / self.text.file)
+        for other in set(FILES) - {self.text.file}:  # the bundle had a text model of another kind
+            (folder / other).unlink(missing_ok=True)
         write_json(folder / GENERATION_FILE, self.defaults)
         write_text(folder / VOCABULARY_FILE, self.vocabulary.to_json())
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path) -> Self:
+    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None) -> Self:
         """Read the tokenizer of a bundle: shipped name, folder, or Hub repository id.
+
+        Args:
+            name_or_path: see `unimm.checkpoint.find_bundle`; a local folder comes first.
+            revision: commit, tag or branch of a Hub repository.
 
         Raises:
             ValueError: nothing is found, a file is missing or damaged, or the codecs do not make
                 the vocabulary that the bundle states.
         """
-        folder = find_bundle(name_or_path)
+        folder = find_bundle(name_or_path, revision)
         if not (folder / VOCABULARY_FILE).exists():
             raise ValueError(f"{folder}: this folder holds no tokenizer ({VOCABULARY_FILE})")
         stated = Vocabulary.from_dict(read_json(folder / VOCABULARY_FILE))
         names = dict.fromkeys(block.name.split(".")[0] for block in stated if "." in block.name)
         tokenizer = cls(
-            TextModel.load(folder / TEXT_FILE),
+            TextModel.load(text_file(folder)),
             [Codec.from_pretrained(folder / CODECS_FOLDER / name) for name in names],
             audio_layout=stated.audio_layout,
+            grids=stated.grids,
             defaults=read_json(folder / GENERATION_FILE),
         )
         tokenizer.vocabulary.require(stated.fingerprint, str(folder / VOCABULARY_FILE))
@@ -286,6 +311,14 @@ def load_codec(name_or_path: str | Path) -> Codec:
     if len(codecs) != 1:
         raise ValueError(f"{name}: name one of its codecs: {', '.join(codecs) or 'it has none'}")
     return Codec.from_pretrained(found / CODECS_FOLDER / codecs[0])
+
+
+def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
+    """A picture scaled to cover height x width pixels, and cut to them around its middle."""
+    if image.size == (width, height):
+        return image
+    _log.info("picture of %d x %d pixels is cut to %d x %d", *image.size, width, height)
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
 def image_signal(image: Image.Image, codec: Codec) -> Tensor:

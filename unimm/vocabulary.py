@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from unimm.display import html
 
 Modality = Literal["text", "image", "video", "audio", "semantic"]
 AudioLayout = Literal["frame", "level"]
@@ -37,6 +39,7 @@ MARKERS = (
 SPECIAL_SIZE = 32  # room for markers of modalities to come, so that no later id moves
 DIGIT_SIZE = 256
 PADDING_MULTIPLE = 128  # the matrix units' tile: embedding and head rows come in whole tiles
+GRID_AXES = {"image": 2, "video": 3}  # sides of the grids that may be fixed
 FORMAT = 1
 
 
@@ -57,6 +60,12 @@ class Block:
 class Vocabulary:
     """Id ranges of the one vocabulary.
 
+    >>> vocabulary = Vocabulary(300, {"image": [512]})
+    >>> vocabulary["image.0"]
+    Block(name='image.0', start=588, size=512)
+    >>> vocabulary.padded_size
+    1152
+
     Args:
         text_size: number of text pieces.
         codecs: modality -> sizes of its codec levels, for example `{"image": [1024],
@@ -64,6 +73,8 @@ class Vocabulary:
         share: modality -> modality whose blocks it writes with; `{"video": "image"}` when one
             codec serves both.
         audio_layout: "frame" (open-ended, streams) or "level" (coarse to fine).
+        grids: modality -> code grid that never varies, `{"image": [32, 32]}`; sequences then do not
+            write its sizes (Chameleon, arXiv 2405.09818, section 2.1).
 
     Raises:
         ValueError: a size is not positive, or a modality is unknown, missing or given twice.
@@ -76,6 +87,7 @@ class Vocabulary:
         *,
         share: Mapping[str, str] | None = None,
         audio_layout: AudioLayout = "frame",
+        grids: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         codecs, share = dict(codecs or {}), dict(share or {})
         if audio_layout not in get_args(AudioLayout):
@@ -91,6 +103,12 @@ class Vocabulary:
                 raise ValueError(f"{modality!r} can't share the blocks of {owner!r}: see codecs")
         self.audio_layout: AudioLayout = audio_layout
         self.share = share
+        self.grids = {modality: list(grid) for modality, grid in (grids or {}).items()}
+        for modality, grid in self.grids.items():
+            if modality not in (*codecs, *share) or len(grid) != GRID_AXES.get(modality):
+                raise ValueError(f"{modality!r} can't have the fixed grid {grid}: images have two")
+            if not all(isinstance(n, int) and n > 0 for n in grid):
+                raise ValueError(f"grid of {modality!r}: sizes must be above 0, got {grid}")
         self._blocks: dict[str, Block] = {}
         self._end = 0
         self._append("special", SPECIAL_SIZE)
@@ -130,6 +148,13 @@ class Vocabulary:
 
     def __repr__(self) -> str:
         return f"Vocabulary({len(self)} ids, {self.fingerprint[:12]}: {', '.join(self._blocks)})"
+
+    def _repr_html_(self) -> str:
+        rows = [(b.name, b.start, b.end - 1, f"{b.size:,}") for b in self]
+        title = f"Vocabulary: {len(self):,} ids, {self.fingerprint[:12]}"
+        colours = [html.colour_of(b.name) for b in self]
+        table = html.table(("block", "first id", "last id", "size"), rows, colours)
+        return html.card(title, (), table)
 
     @property
     def padded_size(self) -> int:
@@ -183,6 +208,7 @@ class Vocabulary:
             {**self._codec_sizes(), **codecs},
             share=self.share,
             audio_layout=self.audio_layout,
+            grids=self.grids,
         )
 
     def _codec_sizes(self) -> dict[str, list[int]]:
@@ -194,6 +220,8 @@ class Vocabulary:
             "format": FORMAT,
             "audio_layout": self.audio_layout,
             "share": self.share,
+            # Left out where there are none: vocabularies without keep their fingerprint.
+            **({"grids": self.grids} if self.grids else {}),
             "blocks": [{"name": b.name, "start": b.start, "size": b.size} for b in self],
         }
 
@@ -210,6 +238,7 @@ class Vocabulary:
         try:
             blocks = [(block["name"], block["size"]) for block in data["blocks"]]
             share, audio_layout = data["share"], data["audio_layout"]
+            grids = dict(data.get("grids", {}))
         except (KeyError, TypeError) as error:
             raise ValueError(f"the vocabulary is incomplete: {error!r}") from None
         codecs: dict[str, list[int]] = {}
@@ -220,7 +249,7 @@ class Vocabulary:
                 codecs.setdefault(modality, []).append(size)
             elif modality == "text":
                 text_size = size
-        vocabulary = cls(text_size, codecs, share=share, audio_layout=audio_layout)
+        vocabulary = cls(text_size, codecs, share=share, audio_layout=audio_layout, grids=grids)
         if vocabulary.to_dict()["blocks"] != list(data["blocks"]):
             raise ValueError("vocabulary blocks are not contiguous in their fixed order")
         return vocabulary
