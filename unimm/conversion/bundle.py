@@ -27,6 +27,7 @@ from unimm.checkpoint import (
 from unimm.conversion.chameleon import (
     BEGIN,
     END,
+    SPECIAL_NAMES,
     TURN,
     code_name,
     codec_from,
@@ -274,7 +275,12 @@ def _chameleon_names(vocabulary: Vocabulary, ids: Tensor) -> dict[int, str]:
     """Chameleon's own names of what it has."""
     block = vocabulary["image.0"]
     names = {int(ids[block.start + code]): code_name(code) for code in range(block.size)}
-    for marker, name in (("<image>", BEGIN), ("</image>", END), ("<assistant>", TURN)):
+    for marker, name in {
+        **SPECIAL_NAMES,
+        "<image>": BEGIN,
+        "</image>": END,
+        "<user>": TURN,
+    }.items():
         names[int(ids[vocabulary.marker(marker)])] = name
     return names
 

@@ -21,6 +21,7 @@ from unimm.conversion.folder import HuggingFaceFolder
 from unimm_tokenizers.vision import VQGANCodec, VQGANConfig
 
 BEGIN, END, TURN = "<racm3:break>", "<eoss>", "<reserved08706>"
+SPECIAL_NAMES = {"<bos>": "<s>", "<eos>": "</s>", "<pad>": "<pad>"}
 _CODE = re.compile(r"IMGIMG([A-J]+)Z")
 _LETTERS = "ABCDEFGHIJ"
 _PREFIX = "model.vqmodel."
@@ -56,7 +57,9 @@ def pieces_of(folder: HuggingFaceFolder) -> Pieces:
     for name in (BEGIN, END):
         if name not in names:
             raise ValueError(f"{folder.path}: vocabulary_map names no {name!r}")
-    markers = {"<image>": names[BEGIN], "</image>": names[END]}
+    # By name: the public configs have Llama's default ids, which are others here.
+    markers = {marker: names[name] for marker, name in SPECIAL_NAMES.items() if name in names}
+    markers |= {"<image>": names[BEGIN], "</image>": names[END]}
     if TURN in names:
         markers |= {"<user>": names[TURN], "<assistant>": names[TURN]}
     return Pieces(torch.tensor([codes[code] for code in range(len(codes))]), markers)

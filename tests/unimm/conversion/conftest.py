@@ -95,8 +95,7 @@ def save_chameleon(tmp_path: Path) -> Save:
         shape = {
             **SHAPE,
             "vocab_size": tokenizer.get_vocab_size(),
-            "bos_token_id": 0,
-            "pad_token_id": 1,
+            "bos_token_id": 1,  # Llama's, as in the public configs; it is <pad> here
             "eos_token_id": 2,
             "vocabulary_map": tokenizer.get_vocab(),
             "vq_config": VQ,

@@ -1,10 +1,12 @@
 """Llama-family models, both ways: the same numbers as `transformers` computes."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from tokenizers import Tokenizer
@@ -219,3 +221,35 @@ def test_shards_are_read(save_language_model: Any, tmp_path: Path) -> None:
     next((tmp_path / "source").glob("model-00002-*")).unlink()
     with pytest.raises(ValueError, match=r"model-00002-.*: the file is missing"):
         from_hugging_face(tmp_path / "source")
+
+
+@torch.no_grad()
+def test_a_sentencepiece_tokenizer_serves_too(save_language_model: Any, tmp_path: Path) -> None:
+    """Llama 2's: <unk>, <s>, </s> in front, a space before all; it travels in our own folder."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox", "over the lazy dog"] * 9),
+        model_writer=out,
+        vocab_size=290,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=3,
+    )
+    source = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+    size = source.get_piece_size()
+    model = save_language_model(vocab_size=size, bos_token_id=1, eos_token_id=2)
+    (tmp_path / "source" / "tokenizer.json").unlink()
+    (tmp_path / "source" / "tokenizer.model").write_bytes(out.getvalue())
+    tokenizer, lm = from_hugging_face(tmp_path / "source")
+    theirs = torch.tensor([[1, *source.encode("the lazy fox")]])
+    ours = tokenizer.encode(["the lazy fox"], complete=False)[None]
+    text = torch.arange(tokenizer.text.size)
+    difference = lm(ours)[..., ids_of(text, tokenizer)] - model(theirs).logits[..., text + 3]
+    assert difference.abs().max() <= DIFFERENCE
+    assert tokenizer.decode(tokenizer.encode(["the lazy fox"])) == ["the lazy fox"]
+    to_hugging_face(tokenizer, lm, tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    again = from_hugging_face(tmp_path / "out")
+    assert again.tokenizer.vocabulary == tokenizer.vocabulary
+    assert torch.equal(again.lm.embedding.weight, lm.embedding.weight)

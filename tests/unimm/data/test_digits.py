@@ -50,7 +50,7 @@ def _write_fsdd(path: Path, members: dict[str, bytes]) -> Path:
 
 def _write_idx(path: Path, values: np.ndarray) -> None:
     header = b"\0\0\x08" + bytes([values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
-    path.write_bytes(gzip.compress(header + values.tobytes()))
+    path.write_bytes(gzip.compress(header + values.tobytes(), mtime=0))
 
 
 def _sound(seconds: float = 0.3, hz: float = 440.0, level: float = 0.5) -> np.ndarray:
@@ -99,11 +99,14 @@ def test_read_idx(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"not gzip", "damaged gzip"),
-        (gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcde")[:-9], "damaged gzip"),
-        (gzip.compress(b"\0\0\x0d\x01\0\0\0\x00"), "not an IDX file"),
-        (gzip.compress(b""), "not an IDX file"),
-        (gzip.compress(b"\0\0\x08\x03\0\0"), "inside its header"),
-        (gzip.compress(b"\0\0\x08\x01\0\0\0\x05abc"), "3 bytes of data, but its header says 5"),
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcde", mtime=0)[:-9], "damaged gzip"),
+        (gzip.compress(b"\0\0\x0d\x01\0\0\0\x00", mtime=0), "not an IDX file"),
+        (gzip.compress(b"", mtime=0), "not an IDX file"),
+        (gzip.compress(b"\0\0\x08\x03\0\0", mtime=0), "inside its header"),
+        (
+            gzip.compress(b"\0\0\x08\x01\0\0\0\x05abc", mtime=0),
+            "3 bytes of data, but its header says 5",
+        ),
     ],
 )
 def test_read_idx_refuses_damage(tmp_path: Path, content: bytes, message: str) -> None:

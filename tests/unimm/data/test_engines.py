@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from unimm.cli import main
 from unimm.data.engines import KILLED, Part, device_of
 from unimm.data.manifest import Manifest
 from unimm.data.progress import Tally
@@ -130,3 +131,22 @@ def test_a_run_that_can_not_be_is_refused() -> None:
         RunConfig(workers=0)
     with pytest.raises(ValueError, match="max_failed must be 0 or more"):
         RunConfig(max_failed=-1)
+
+
+def test_the_command_takes_the_options_of_a_run(
+    make: Any, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = make.raw(4, 2)
+    for number in (1, 2):
+        os.truncate(raw / f"raw-00{number}.tar", 700)
+    given = ["tokenize", str(raw), "--tokenizer", str(bundle), "--out", str(tmp_path / "out")]
+    options = ["--max-failed", "0", "--batch-size", "1", "--decoders", "0", "--max-skipped", "0.5"]
+    assert main([*given, *options]) == 1
+    printed = capsys.readouterr()
+    assert "1 shards written, 0 kept, 1 failed" in printed.out
+    assert "2 shards left open: too many failed" in printed.out
+    assert "unimm: error: raw-001.tar: " in printed.err
+    assert main([*given, "--max-failed", "-1"]) == 1
+    assert "max_failed must be 0 or more" in capsys.readouterr().err
+    assert main(["tokenize", "pipe:cat a.tar", *given[2:]]) == 1
+    assert "commands are not run unless they are allowed" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from unimm.cli import main
 from unimm.data.shards import ShardReader, ShardWriter
 from unimm.evaluation.inspection_page import write_shard_page
 from unimm.tokenizer import UnifiedTokenizer
@@ -72,3 +73,15 @@ def test_what_can_not_be_shown_is_said(
     with pytest.raises(ValueError, match=r"dialpad-000000\.tar"):
         write_shard_page(shard, tmp_path / "p.html", other)
     assert not (tmp_path / "p.html").exists()
+
+
+def test_the_command_writes_the_page(
+    raw_shards: Path, tokenizer_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard, page = raw_shards / "dialpad-000000.tar", tmp_path / "page.html"
+    given = ["inspect", str(shard), "--html", str(page), "--tokenizer", str(tokenizer_bundle)]
+    assert main(given) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("raw shard ")
+    assert printed.splitlines()[-1] == str(page)
+    assert ".png" in parts(page.read_text())
