@@ -129,7 +129,7 @@ def address() -> Iterator[str]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while True:
             try:
                 urllib.request.urlopen(url, timeout=5).close()
@@ -147,7 +147,7 @@ def address() -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_click_through(address: str, tmp_path: Path) -> None:
     """Words to a picture, its tokens shown; a file to words; a file that is none; two at once."""
     playwright = pytest.importorskip("playwright.sync_api")
