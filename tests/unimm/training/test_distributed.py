@@ -123,7 +123,7 @@ def test_shards_become_the_bundle_that_one_process_makes(
     one, two = (UnifiedLM.from_pretrained(bundle).state_dict() for bundle in bundles)
     for name, weight in one.items():
         # AdamW divides rounding by rounding where a gradient is next to nothing, so single weights
-        # differ (mean 3e-4 measured); a weight of another name would differ by a hundred times more.
+        # differ (mean 3e-4 measured); one of another name would differ by a hundred times more.
         assert (weight - two[name]).abs().mean() < 1e-3, name
     averaged = read_checkpoint(tmp_path / "one/checkpoints/final.ckpt", "cpu")
     last = averaged["state_dict"]["lm.embedding.weight"]
