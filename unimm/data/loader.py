@@ -32,11 +32,12 @@ from unimm.data.batch import (
     collate,
     structure_of,
 )
+from unimm.data.copies import local_shards
 from unimm.data.index import Arrays, index_shards, kept
 from unimm.data.manifest import digest
 from unimm.data.packing import FORMAT as PACKING_FORMAT
 from unimm.data.packing import Packing, pack
-from unimm.data.shards import Member, ShardReader, expand, read_member
+from unimm.data.shards import Member, ShardReader, read_member
 from unimm.data.tokenize import META_FILE, NPY_HEADER, ids_dtype, read_ids
 from unimm.data.windows import Window, cut, windows
 from unimm.sequence import Grammar
@@ -155,7 +156,7 @@ class TokenRows:
     """Rows of packed documents, read by offset when asked for.
 
     Args:
-        shards: token shards, as `unimm.data.shards.expand` understands them.
+        shards: token shards, as `unimm.data.copies.local_shards` understands them.
         vocabulary: the one that they must have been made with.
         row_length: T, ids of a row.
         seed: decides which documents share a row.
@@ -188,7 +189,7 @@ class TokenRows:
         self._grammar = Grammar(vocabulary)
         self._layouts = Layouts(self._grammar)
         self._pad = vocabulary.marker("<pad>")
-        self._paths = expand(shards)
+        self._paths = local_shards(shards)
         self._index = index_shards(self._paths, vocabulary, verify=verify, folder=folder)
         self._interned: dict[Structure, Structure] = {}
         self._cache: dict[int, PlacedDocument] = {}

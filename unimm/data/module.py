@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from unimm.checkpoint import VOCABULARY_FILE, find_bundle
 from unimm.data.batch import Batch
+from unimm.data.copies import local_shards
 from unimm.data.loader import DocumentConfig, Slice, TokenPass, TokenRows, TokenStream
-from unimm.data.shards import expand
 from unimm.data.signals_data import SignalConfig, SignalDataset, SignalPass, SignalStream
 from unimm.vocabulary import Vocabulary
 
@@ -112,8 +112,9 @@ class TokenDataModule(_Resumable):
 
     Args:
         tokenizer: name or path of the tokenizer's bundle; only its vocabulary is read.
-        shards: token shards to train on, as `unimm.data.shards.expand` understands them; or several
-            such sources, each with its share of the rows: `{web: 3.0, speech: 1.0}`.
+        shards: token shards to train on, as `unimm.data.copies.local_shards` understands them:
+            files, or addresses that are copied once per machine; or several such sources, each with
+            its share of the rows: `{web: 3.0, speech: 1.0}`.
         val_shards: token shards to validate on, each row once.
         row_length: T, ids of a row.
         batch_size: rows per process.
@@ -208,7 +209,7 @@ class TokenDataModule(_Resumable):
 def _require(sources: list[str]) -> None:
     """Refuse missing shards, those of all sources in one message."""
     if len(sources) > 1:
-        expand(sources)
+        local_shards(sources)
 
 
 class SignalDataModule(_Resumable):

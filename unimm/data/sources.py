@@ -70,6 +70,13 @@ class Source:
         version = [f"{name}={info[name]}" for name in _VERSIONS if info.get(name)]
         return " ".join([self.url, f"size={info.get('size')}", *version]) if version else ""
 
+    def manifest(self) -> bytes | None:
+        """What stands beside a remote shard as its manifest; None where nothing does."""
+        try:
+            return _file_system(self._scheme).cat_file(f"{self.url}.json")
+        except FileNotFoundError:
+            return None
+
     @contextmanager
     def local(self, folder: str | Path) -> Iterator[Path]:
         """The shard as a local file; a fetched one is gone when the block ends.
@@ -111,8 +118,9 @@ class Source:
                     shutil.copyfileobj(remote, file, _CHUNK)  # type: ignore[arg-type]
                 if size is not None and place.stat().st_size != size:
                     raise OSError(f"{place.stat().st_size} of {size} bytes came")
-                if files.exists(f"{self.url}.json"):
-                    manifest_path(place).write_bytes(files.cat_file(f"{self.url}.json"))
+                manifest = self.manifest()
+                if manifest is not None:
+                    manifest_path(place).write_bytes(manifest)
                 return
             except FileNotFoundError:
                 raise ValueError(f"{self.url}: no such shard") from None
