@@ -115,16 +115,17 @@ def test_shards_become_the_bundle_that_one_process_makes(
 ) -> None:
     bundles = []
     for layout in ("one", "sharded"):
-        run = start(layout, layout, 6, **{"model.init_args.average": 0.9})
+        # Not Muon: its orthogonalisation in bfloat16 differs by 3e-4 between any two layouts, DDP
+        # and one process too, and the average is hardly farther from the last weights than that.
+        changes = {"model.init_args.average": 0.9, "model.init_args.optimizer.matrices": "adamw"}
+        run = start(layout, layout, 6, **changes)
         bundles.append(export(run, tmp_path / f"{layout}-bundle", tokenizer_bundle))
         stored = read_checkpoint(run / "checkpoints/final.ckpt")
         assert stored["global_step"] == 6
         assert all(tensor.is_meta for tensor in stored["unimm"]["weights"].values())
     one, two = (UnifiedLM.from_pretrained(bundle).state_dict() for bundle in bundles)
     for name, weight in one.items():
-        # AdamW divides rounding by rounding where a gradient is next to nothing, so single weights
-        # differ (mean 3e-4 measured); one of another name would differ by a hundred times more.
-        assert (weight - two[name]).abs().mean() < 1e-3, name
+        assert (weight - two[name]).abs().mean() < 1e-6, name  # 2e-9 measured
     averaged = read_checkpoint(tmp_path / "one/checkpoints/final.ckpt", "cpu")
     last = averaged["state_dict"]["lm.embedding.weight"]
     assert (last - one["embedding.weight"]).abs().mean() > 1e-4  # the average, not the last weights
