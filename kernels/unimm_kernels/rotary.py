@@ -154,11 +154,8 @@ class Rotation(NamedTuple):
 def rotation(positions: Tensor, head_dim: int, bases: tuple[float, ...]) -> Rotation:
     """The rotation of positions (A, B, T)."""
     speeds, axes = pair_speeds(bases, head_dim)
-    parts = []
-    for axis, position in enumerate(positions):
-        own = speeds[axes.index(axis) : axes.index(axis) + axes.count(axis)]
-        parts.append(position.float()[..., None] * torch.tensor(own, device=positions.device))
-    angle = torch.cat(parts, -1)[:, :, None]
+    position = positions.float()[torch.tensor(axes, device=positions.device)].movedim(0, -1)
+    angle = (position * torch.tensor(speeds, device=positions.device))[:, :, None]
     cos, sin = angle.cos(), angle.sin()
     return Rotation(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
 
@@ -176,12 +173,9 @@ def _reference(x: Tensor, weight: Tensor | None, turn: Rotation, eps: float) -> 
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     weight = None if weight is None else weight.to(wide.dtype)
     if not torch.compiler.is_compiling():
-        return EagerRotary.apply(
-            wide, None if weight is None else weight.to(wide.dtype), *turn, eps
-        ).to(x.dtype)
+        return EagerRotary.apply(wide, weight, *turn, eps).to(x.dtype)
     if weight is not None:
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        wide = wide * scale * weight.to(wide.dtype)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
     return (wide * turn.cos + swapped(wide) * turn.sin).to(x.dtype)
 
 
