@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import torchaudio
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -163,7 +162,8 @@ class UnifiedTokenizer(HubMixin):
                 elif isinstance(item, Turn):
                     segments[index] = Segment(kind, torch.zeros(0, dtype=torch.int64))
                 else:
-                    signal = self._signal(item, self._codec(kind))
+                    codec = self._codec(kind)
+                    signal = item_signal(item, codec, self.vocabulary.grids.get(kind))
                     groups[(kind, *signal.shape)].append((index, signal))
             except ValueError as error:
                 raise ValueError(f"item {index}: {error}") from None
@@ -190,20 +190,6 @@ class UnifiedTokenizer(HubMixin):
         if kind == "semantic":
             return [code[:, code[0] != PADDING_CODE] for code in codes]
         return list(codes)
-
-    def _signal(self, item: Item, codec: Codec) -> Tensor:
-        """An item -> float (C, *signal) in [-1, 1]."""
-        if isinstance(item, Audio):
-            return audio_signal(item, codec)
-        if isinstance(item, Video):
-            return video_signal(item, codec)
-        picture = item.image if isinstance(item, Semantic) else item
-        assert isinstance(picture, Image.Image)
-        grid = self.vocabulary.grids.get(modality_of(item))
-        if grid is not None:
-            height, width = (n * d for n, d in zip(grid, codec.downsample[-2:], strict=True))
-            picture = fitted(picture, height, width)
-        return image_signal(picture, codec)
 
     # Ids to documents
 
@@ -321,6 +307,27 @@ def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
+def item_signal(
+    item: Audio | Video | Semantic | Image.Image, codec: Codec, grid: Sequence[int] | None = None
+) -> Tensor:
+    """A picture, sound or film -> float (C, *signal) in [-1, 1], as a codec takes it.
+
+    Args:
+        item: of a document.
+        codec: its sample rate, channels and downsampling count.
+        grid: code grid that never varies; pictures are cut to fit.
+    """
+    if isinstance(item, Audio):
+        return audio_signal(item, codec)
+    if isinstance(item, Video):
+        return video_signal(item, codec)
+    picture = item.image if isinstance(item, Semantic) else item
+    if grid is not None:
+        height, width = (n * d for n, d in zip(grid, codec.downsample[-2:], strict=True))
+        picture = fitted(picture, height, width)
+    return image_signal(picture, codec)
+
+
 def image_signal(image: Image.Image, codec: Codec) -> Tensor:
     """A picture -> float (C, H, W) in [-1, 1], in the codec's colours.
 
@@ -331,8 +338,8 @@ def image_signal(image: Image.Image, codec: Codec) -> Tensor:
     if width * height > MAX_PIXELS:
         raise ValueError(f"picture of {width} x {height} pixels: at most {MAX_PIXELS} are allowed")
     mode = "L" if codec.num_channels == 1 else "RGB"
-    array = np.asarray(image.convert(mode), dtype=np.uint8)
-    pixels = torch.from_numpy(array.copy()).view(height, width, -1).permute(2, 0, 1)
+    array = np.array(image if image.mode == mode else image.convert(mode), dtype=np.uint8)
+    pixels = torch.from_numpy(array).view(height, width, -1).permute(2, 0, 1)
     return pixels.float() / 127.5 - 1
 
 
@@ -354,6 +361,8 @@ def audio_signal(audio: Audio, codec: Codec) -> Tensor:
     if audio.sample_rate != rate:
         _log.warning("sound at %d Hz is resampled to the codec's %d Hz", audio.sample_rate, rate)
         if samples.numel():  # of nothing, torchaudio can't tell the shape
+            import torchaudio  # late: most sounds have the codec's rate
+
             samples = torchaudio.functional.resample(samples, audio.sample_rate, rate)
     if samples.shape[0] != codec.num_channels:
         samples = samples.mean(0, keepdim=True).expand(codec.num_channels, -1)

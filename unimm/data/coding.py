@@ -21,7 +21,6 @@ from unimm.data.preparing import Part, Signal
 from unimm.data.streams import encode_long
 from unimm.sequence import Segment
 from unimm.tokenizer import UnifiedTokenizer
-from unimm_tokenizers.audio import SpectralCodec
 from unimm_tokenizers.audio.streaming import StreamingCodec
 from unimm_tokenizers.codec import PADDING_CODE, Codec
 from unimm_tokenizers.vision import VisionCodec
@@ -186,6 +185,6 @@ def fitting(codec: Codec) -> Fitting:
     """How a codec's signals may be brought to one shape without another code."""
     if isinstance(codec, VisionCodec):
         return WholeCodes(codec)
-    if isinstance(codec, StreamingCodec | SpectralCodec):  # causal: codes see no later sample
+    if isinstance(codec, StreamingCodec):  # causal: codes see no later sample
         return AboutOneLength(codec)
     return Fitting(codec)

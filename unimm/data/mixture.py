@@ -7,7 +7,6 @@ photographs as windows of 128 pixels, thumbnails whole. Order, windows and symme
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,11 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from unimm.data.loader import EpochOrder, Slice, worker_turns
-from unimm.data.media import MediaError
 from unimm.data.module import SignalDataModule
 from unimm.data.signals_data import SignalConfig, SignalDataset
-
-_log = logging.getLogger("unimm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +57,6 @@ class Mixture(IterableDataset[dict[str, Tensor]]):
         datasets: the signals of each source.
         part: what this rank makes of them; its `start` counts global batches.
         seed: decides the orders and symmetries.
-        max_damaged: share of the signals asked for that may be damaged; each is named and another
-            one takes its place.
     """
 
     def __init__(
@@ -71,15 +65,11 @@ class Mixture(IterableDataset[dict[str, Tensor]]):
         datasets: Sequence[SignalDataset],
         part: Slice,
         seed: int,
-        max_damaged: float = 0.01,
     ) -> None:
         self.sources = list(sources)
         self.datasets = list(datasets)
         self.part = part
         self.seed = seed
-        self.max_damaged = max_damaged
-        self.asked = 0
-        self.damaged: set[str] = set()
         self._orders = [EpochOrder(len(dataset), seed) for dataset in self.datasets]
         self._ends = list(accumulate(source.turns for source in self.sources))
 
@@ -102,26 +92,9 @@ class Mixture(IterableDataset[dict[str, Tensor]]):
         """The signal at a position of a source's order; the one after it where it is damaged."""
         dataset = self.datasets[which]
         epoch, index = self._orders[which](position)
-        for offset in range(len(dataset)):
-            self.asked += 1
-            try:
-                signal = dataset.signal((index + offset) % len(dataset), epoch)
-            except MediaError as error:
-                self._note(error)
-                continue
-            random = np.random.default_rng([self.seed, epoch, index, which])
-            return symmetry(signal, random) if self.sources[which].symmetric else signal
-        raise ValueError(f"{self.sources[which].shards}: every signal is damaged")
-
-    def _note(self, error: MediaError) -> None:
-        self.damaged.add(error.where)
-        if len(self.damaged) > max(1.0, self.max_damaged * self.asked):
-            named = ", ".join(sorted(self.damaged)[:3])
-            raise ValueError(
-                f"{len(self.damaged)} damaged of {self.asked} signals are more than "
-                f"{self.max_damaged:.1%}, such as {named}: {error.reason}"
-            ) from error
-        _log.warning("skipped: %s (%d so far)", error, len(self.damaged))
+        _, signal = dataset.intact(index, epoch)
+        random = np.random.default_rng([self.seed, epoch, index, which])
+        return symmetry(signal, random) if self.sources[which].symmetric else signal
 
 
 def symmetry(signal: Tensor, random: np.random.Generator) -> Tensor:
@@ -143,7 +116,6 @@ class MixtureDataModule(SignalDataModule):
         val_batch_size: signals in a validation batch.
         seed: decides order and variation.
         num_workers: loader processes; 0 loads in the training process.
-        max_damaged: share of damaged signals at which training stops.
 
     Raises:
         ValueError: shards are missing, or hold no file of the modality; no source is given.
@@ -157,7 +129,6 @@ class MixtureDataModule(SignalDataModule):
         val_batch_size: int = 8,
         seed: int = 0,
         num_workers: int = 0,
-        max_damaged: float = 0.01,
     ) -> None:
         if not sources:
             raise ValueError("a mixture needs at least one source")
@@ -166,7 +137,6 @@ class MixtureDataModule(SignalDataModule):
             sources[0].shards, shown, val_shards, val_batch_size, seed, num_workers=num_workers
         )
         self.sources = sources
-        self.max_damaged = max_damaged
 
     def setup(self, stage: str) -> None:
         """Open all shards."""
@@ -186,4 +156,4 @@ class MixtureDataModule(SignalDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Batches without end, from where training stands."""
         part = self._slice(self._begin())
-        return self._loader(Mixture(self.sources, self.datasets, part, self.seed, self.max_damaged))
+        return self._loader(Mixture(self.sources, self.datasets, part, self.seed))

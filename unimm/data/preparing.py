@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from unimm.data.media import LongFile, MediaError
@@ -19,15 +18,9 @@ from unimm.data.shards import Sample
 from unimm.data.streams import LONG_VALUES, Streaming
 from unimm.data.templates import Drawing, Fields, RawItem, make_document
 from unimm.sequence import Segment
-from unimm.signals import Audio, Semantic, Turn, Video
+from unimm.signals import Turn
 from unimm.text import TextModel
-from unimm.tokenizer import (
-    UnifiedTokenizer,
-    audio_signal,
-    image_signal,
-    modality_of,
-    video_signal,
-)
+from unimm.tokenizer import UnifiedTokenizer, item_signal, modality_of
 from unimm_tokenizers.codec import Codec
 
 
@@ -37,6 +30,7 @@ class SignalForm:
 
     num_channels: int
     sample_rate: int | None
+    downsample: tuple[int, ...]
     fps: float
 
     @property
@@ -47,7 +41,8 @@ class SignalForm:
     @classmethod
     def of(cls, codec: Codec) -> SignalForm:
         """The form of a codec's signals."""
-        return cls(codec.num_channels, codec.sample_rate, getattr(codec.config, "fps", 0.0))
+        fps = getattr(codec.config, "fps", 0.0)
+        return cls(codec.num_channels, codec.sample_rate, codec.downsample, fps)
 
 
 class Signal(NamedTuple):
@@ -96,6 +91,7 @@ class Preparer:
         self._forms: Mapping[str, SignalForm] = {
             kind: SignalForm.of(codec) for kind, codec in tokenizer.codecs.items()
         }
+        self._grids = tokenizer.vocabulary.grids
         self._draw = draw
         self._long = {
             kind: LONG_VALUES
@@ -139,10 +135,4 @@ class Preparer:
         if isinstance(item, Turn):
             return Segment(kind, torch.zeros(0, dtype=torch.int64))
         form = cast(Codec, self._forms[kind])
-        if isinstance(item, Audio):
-            return Signal(kind, audio_signal(item, form))
-        if isinstance(item, Video):
-            return Signal(kind, video_signal(item, form))
-        picture = item.image if isinstance(item, Semantic) else item
-        assert isinstance(picture, Image.Image)
-        return Signal(kind, image_signal(picture, form))
+        return Signal(kind, item_signal(item, form, self._grids.get(kind)))

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
 
+from unimm.data.damage import MediaError
 from unimm.data.loader import EpochOrder, Slice, worker_turns
 from unimm.data.media import decode
 from unimm.data.preparing import SignalForm
@@ -53,6 +54,7 @@ class SignalConfig:
         sample_rate: samples per second that sounds are brought to.
         video_share: share of the batches that hold films, for "image+video".
         video_batch_size: films in a batch; the batch size of pictures when None.
+        max_damaged: share of the files asked for that may be damaged before a run stops.
 
     Raises:
         ValueError: a number is out of range, or one that the modality needs is missing.
@@ -69,6 +71,7 @@ class SignalConfig:
     sample_rate: int | None = None
     video_share: float = 0.5
     video_batch_size: int | None = None
+    max_damaged: float = 0.01
 
     def __post_init__(self) -> None:
         if self.modality == "audio" and (self.length is None or self.sample_rate is None):
@@ -87,6 +90,8 @@ class SignalConfig:
                 raise ValueError(f"{name}: must be above 0, got {value}")
         if self.shift < 0 or not 0 < self.video_share < 1:
             raise ValueError("shift must be 0 or more, and video_share between 0 and 1")
+        if not 0 <= self.max_damaged <= 1:
+            raise ValueError(f"max_damaged: a share between 0 and 1, got {self.max_damaged}")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -139,6 +144,8 @@ class SignalDataset(Dataset[Tensor]):
             _log.info("%d of %d samples hold %s", len(self._sources), total, kind)
         self._cache: dict[int, Tensor] = {}
         self._cached = 0
+        self.asked = 0
+        self.damaged: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -173,6 +180,38 @@ class SignalDataset(Dataset[Tensor]):
             signal = _shifted(signal, self.config.shift, random)
         return signal
 
+    def intact(self, index: int, epoch: int = 0) -> tuple[int, Tensor]:
+        """Number and signal of the first from `index` on whose file is not damaged.
+
+        Damaged ones are counted in `damaged`, named in the log, and passed over.
+
+        Raises:
+            ValueError: more of the files asked for are damaged than the config allows, or all are.
+        """
+        for offset in range(len(self)):
+            number = (index + offset) % len(self)
+            self.asked += 1
+            try:
+                return number, self.signal(number, epoch)
+            except MediaError as error:
+                self._note(error)
+        raise ValueError(f"{self._sources[0][0].shard}: every file is damaged")
+
+    def _note(self, error: MediaError) -> None:
+        self.damaged.add(error.where)
+        if len(self.damaged) > max(1.0, self.config.max_damaged * self.asked):
+            named = ", ".join(sorted(self.damaged)[:3])
+            raise ValueError(
+                f"{len(self.damaged)} damaged of {self.asked} signals are more than "
+                f"{self.config.max_damaged:.1%}, such as {named}: {error.reason}"
+            ) from error
+        _log.warning("skipped: %s (%d so far)", error, len(self.damaged))
+
+    def text(self, index: int) -> str:
+        """The words that stand beside a signal as `.txt`; empty where there are none."""
+        sample, _ = self._sources[index]
+        return sample["txt"].decode(errors="replace") if "txt" in sample else ""
+
     def _choose(self, random: np.random.Generator) -> np.random.Generator | None:
         """Where a window stands: anywhere in training, in the middle otherwise."""
         return random if self.training else None
@@ -183,7 +222,7 @@ class SignalDataset(Dataset[Tensor]):
         item = decode(extension, sample[extension], sample.where)
         rate = item.fps if isinstance(item, Video) else 0.0
         fps = self.config.fps or rate
-        form = SignalForm(self.config.num_channels, self.config.sample_rate, fps)
+        form = SignalForm(self.config.num_channels, self.config.sample_rate, (), fps)
         codec = cast(Codec, form)
         if isinstance(item, Audio):
             return audio_signal(item, codec)
@@ -326,7 +365,7 @@ def _batch_size(dataset: SignalDataset, part: Slice, config: SignalConfig) -> in
 
 
 def _stack(dataset: SignalDataset, places: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-    signals = [dataset.signal(index, epoch) for index, epoch in places]
+    signals = [dataset.intact(index, epoch)[1] for index, epoch in places]
     shapes = {tuple(signal.shape) for signal in signals}
     if len(shapes) > 1:
         need = "frames" if dataset.kind == "video" and dataset.config.size else "size"

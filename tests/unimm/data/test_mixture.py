@@ -1,4 +1,4 @@
-"""Sources by turns: shares, sizes, resumption, symmetries, damaged files."""
+"""Sources by turns: shares, sizes, resumption, symmetries."""
 
 from collections import Counter
 from itertools import islice
@@ -17,9 +17,9 @@ SMALL = SignalConfig(modality="image", size=8)
 LARGE = SignalConfig(modality="image", size=16, crop="random")
 
 
-def mixture(sources: list[SignalSource], part: Slice, **options: Any) -> Mixture:
+def mixture(sources: list[SignalSource], part: Slice) -> Mixture:
     datasets = [SignalDataset(s.shards, s.config, "image", training=True) for s in sources]
-    return Mixture(sources, datasets, part, seed=0, **options)
+    return Mixture(sources, datasets, part, seed=0)
 
 
 @pytest.fixture
@@ -61,27 +61,6 @@ def test_symmetries_of_the_square() -> None:
     assert len(seen) == 8
     wide = {tuple(symmetry(x[:, :2], np.random.default_rng(n)).shape) for n in range(30)}
     assert wide == {(1, 2, 3)}
-
-
-def test_damaged_files_are_skipped_counted_and_named(
-    make: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    pictures = [{"png": make.png(n)} for n in range(9)] + [{"png": make.png(9)[:60]}]
-    source = SignalSource(shards=str(make.shard(pictures)), config=SMALL, batch_size=5)
-    mixed = mixture([source], Slice(1), max_damaged=0.2)
-    batches = list(islice(mixed, 4))
-    assert all(batch["image"].shape == (5, 3, 8, 8) for batch in batches)
-    assert len(mixed.damaged) == 1
-    assert mixed.asked == 22
-    assert "skipped" in caplog.text
-    assert "0009" in caplog.text
-
-
-def test_too_many_damaged_files_stop_the_run(make: Any) -> None:
-    pictures = [{"png": make.png(n)[:60] if n % 2 else make.png(n)} for n in range(10)]
-    source = SignalSource(shards=str(make.shard(pictures)), config=SMALL, batch_size=5)
-    with pytest.raises(ValueError, match=r"damaged of \d+ signals are more than 10.0%, such as "):
-        list(islice(mixture([source], Slice(1), max_damaged=0.1), 4))
 
 
 def test_bad_sources_are_refused(make: Any) -> None:

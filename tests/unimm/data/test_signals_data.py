@@ -225,6 +225,35 @@ def test_a_damaged_file_is_named(make: Any) -> None:
         SignalDataset(path, PICTURES, "image")[0]
 
 
+def damaged(make: Any, bad: set[int], max_damaged: float) -> SignalDataset:
+    """Ten pictures, some of them cut."""
+    pictures = [{"png": make.png(n)[:60] if n in bad else make.png(n)} for n in range(10)]
+    config = SignalConfig(modality="image", size=8, max_damaged=max_damaged)
+    return SignalDataset(make.shard(pictures), config, "image", training=True)
+
+
+def test_damaged_files_are_skipped_counted_and_named(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = damaged(make, {9}, 0.2)
+    batches = list(islice(SignalStream([dataset], Slice(5), dataset.config, 0), 4))
+    assert all(batch["image"].shape == (5, 3, 8, 8) for batch in batches)
+    assert len(dataset.damaged) == 1
+    assert dataset.asked == 22  # two epochs, and the one that took its place in each
+    assert "skipped" in caplog.text
+    assert "0009" in caplog.text
+    shown = sum(len(batch["image"]) for batch in SignalPass([dataset], Slice(4), dataset.config))
+    assert shown == 10
+
+
+def test_too_many_damaged_files_stop_the_run(make: Any) -> None:
+    dataset = damaged(make, {1, 3, 5, 7, 9}, 0.1)
+    with pytest.raises(ValueError, match=r"damaged of \d+ signals are more than 10.0%, such as "):
+        list(islice(SignalStream([dataset], Slice(5), dataset.config, 0), 4))
+    with pytest.raises(ValueError, match="every file is damaged"):
+        damaged(make, set(range(10)), 1.0).intact(0)
+
+
 @pytest.mark.parametrize(
     "options",
     [
