@@ -228,36 +228,45 @@ class Grammar:
         Raises:
             ValueError: codes out of range or of the wrong grid, named by item and level.
         """
-        parts = [torch.tensor([self.bos])]
+        parts: list[Tensor] = []
+        markers = [self.bos]  # that wait for the next codes: a tensor for each would cost more
         for number, segment in enumerate(segments):
-            parts.extend(self._write(segment, f"item {number} ({segment.kind})"))
+            before, codes, after = self._write(segment, f"item {number} ({segment.kind})")
+            parts += [torch.tensor(markers + before, dtype=torch.int64), codes]
+            markers = after
         if complete:
-            parts.append(torch.tensor([self.eos]))
-        return torch.cat(parts)
+            markers = [*markers, self.eos]
+        return torch.cat([*parts, torch.tensor(markers, dtype=torch.int64)])
 
-    def _write(self, segment: Segment, where: str) -> list[Tensor]:
+    def _write(self, segment: Segment, where: str) -> tuple[list[int], Tensor, list[int]]:
+        """Markers and sizes before an item's ids, these ids, and the marker after them."""
         kind, codes = segment
         if kind in TURNS:
-            return [torch.tensor([self.vocabulary.marker(f"<{kind}>")])]
+            return [self.vocabulary.marker(f"<{kind}>")], codes[:0], []
         if kind == "text":
             block = self.vocabulary["text"]
-            self._require_range(codes, block.size, where)
-            return [codes + block.start]
+            self._require_range(codes[None], [block.size], where)
+            return [], codes + block.start, []
         rule = self.rule(kind)
         sizes = self._sizes(rule, codes, where)
-        for level, (start, end) in enumerate(zip(rule.starts, rule.ends, strict=True)):
-            self._require_range(codes[level], end - start, f"{where}, level {level}")
+        levels = [end - start for start, end in zip(rule.starts, rule.ends, strict=True)]
+        self._require_range(codes.flatten(1), levels, where)
         header = [rule.open]
         for axis, size in zip("thw", sizes, strict=True):
             if axis in rule.written:
                 header.extend(self.size_ids(size))
-        return [torch.tensor(header), rule.flatten(codes), torch.tensor([rule.close])]
+        return header, rule.flatten(codes), [rule.close]
 
     @staticmethod
-    def _require_range(codes: Tensor, size: int, where: str) -> None:
-        low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
-        if low < 0 or high >= size:
-            raise ValueError(f"{where}: codes must lie in 0 to {size - 1}, found {low} to {high}")
+    def _require_range(codes: Tensor, sizes: list[int], where: str) -> None:
+        """Codes (K, n) of each level lie in its range."""
+        if not codes.numel():
+            return
+        lows, highs = (bound.tolist() for bound in codes.aminmax(dim=1))
+        for level, (low, high, size) in enumerate(zip(lows, highs, sizes, strict=True)):
+            if low < 0 or high >= size:
+                at = f"{where}, level {level}" if len(sizes) > 1 else where
+                raise ValueError(f"{at}: codes must lie in 0 to {size - 1}, found {low} to {high}")
 
     @staticmethod
     def _sizes(rule: Rule, codes: Tensor, where: str) -> tuple[int, int, int]:
@@ -278,6 +287,13 @@ class Grammar:
                 f"{where}: this vocabulary fixes the grid at {rule.fixed} (t, h, w), got {sizes}"
             )
         return sizes
+
+    def length(self, segment: Segment) -> int:
+        """Number of ids that an item is written with, its markers and sizes included."""
+        kind, codes = segment
+        if kind in TURNS:
+            return 1
+        return codes.numel() + (0 if kind == "text" else 2 + self.rule(kind).header)
 
     def size_ids(self, size: int) -> list[int]:
         """The two digit tokens that write a size (1 to 65,535)."""

@@ -105,6 +105,7 @@ def test_spans_tile_the_sequence(case: Case) -> None:
     edges = [1, *(span.stop for span in spans)]
     assert [span.start for span in spans] == edges[:-1]
     assert edges[-1] == len(ids) - 1
+    assert [grammar.length(s) for s in document] == [span.stop - span.start for span in spans]
 
 
 def test_what_every_modality_looks_like() -> None:

@@ -48,10 +48,14 @@ class RawSummary:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return (
-            f"{self.samples:,} samples in {len(self.shards)} shards; {self.duplicates} duplicates, "
-            f"{len(self.skipped)} unusable samples and {self.ignored} other files left out"
-        )
+        left = {
+            "duplicates": self.duplicates,
+            "unusable samples": len(self.skipped),
+            "other files": self.ignored,
+        }
+        out = ", ".join(f"{count:,} {kind}" for kind, count in left.items() if count)
+        made = f"{self.samples:,} samples in {len(self.shards)} shards"
+        return f"{made}; left out: {out}" if out else made
 
 
 class _Source(NamedTuple):

@@ -193,12 +193,12 @@ def _picture(data: bytes) -> Image.Image:
     picture = _open_picture(data, _PICTURE_FORMATS)
     try:
         picture.load()
-        upright = ImageOps.exif_transpose(picture)
+        ImageOps.exif_transpose(picture, in_place=True)
     except (OSError, ValueError, SyntaxError, struct.error) as error:
         raise Damaged(f"damaged picture ({error})") from None
-    if upright.mode.startswith("I;16"):  # Pillow would cut 16-bit greys at 255
-        return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    return upright
+    if picture.mode.startswith("I;16"):  # Pillow would cut 16-bit greys at 255
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture
 
 
 def _whole(reader: SoundReader | FilmReader) -> Audio | Video:

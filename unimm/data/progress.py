@@ -54,7 +54,8 @@ class Tally:
         self.failed += progress is None
         reached = progress or last
         if reached is not None:
-            self.samples += reached.samples
+            # A manifest counts documents; of a shard that reported, the samples are known.
+            self.samples += last.total if progress and last else reached.samples
             self.tokens.update(reached.tokens)
 
     @property

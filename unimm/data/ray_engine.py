@@ -44,7 +44,8 @@ def in_ray(
 
     Raises:
         ModuleNotFoundError: Ray is missing.
-        ValueError: the cluster has no GPU and the device is one, or the cluster failed.
+        ValueError: the cluster does not start or can't be reached, has no GPU although the device
+            is one, or failed.
     """
     ray = _ray(address)
     on_gpu = job.device.startswith("cuda")
@@ -98,11 +99,17 @@ def _ray(address: str | None) -> Any:
         import ray.exceptions
     except ModuleNotFoundError:
         raise ModuleNotFoundError("the Ray engine needs Ray: pip install 'unimm[ray]'") from None
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    if address is None:
-        ray.init(include_dashboard=False, **quiet)
-    else:
-        ray.init(address=address, **quiet)
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    options |= {"include_dashboard": False} if address is None else {"address": address}
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray has none of its own for a node that does not come up in time
+        ray.shutdown()
+        where = "here" if address is None else f"at {address}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            f"Ray did not start {where}: {reason}; run again, what is committed stays"
+        ) from error
     return ray
 
 

@@ -32,6 +32,10 @@ MAX_OPEN = 64  # files kept open by all readers of a process
 _BRACE = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _WILD = re.compile(r"[*?\[]")
+_HEAD = b"0000644\0" + b"0000000\0" * 2  # mode, owner, group
+_TIME = b"\0" + b"00000000000\0"  # the end of the size, and the time
+_TAIL = (b"0" + bytes(100) + b"ustar\x0000").ljust(356, b"\0")  # a regular file
+_TAIL_SUM = sum(_TAIL)
 _REGULAR, _LONG_NAME, _PAX, _PAX_GLOBAL, _FOLDER = (b"0", b"\0", b"7"), b"L", b"x", b"g", b"5"
 
 
@@ -400,13 +404,10 @@ class ShardWriter:
         """
         if not key or "." in key.rpartition("/")[2] or not files:
             raise ValueError(f"{self.path}: sample key {key!r} must have no dot, and files")
+        parts: list[bytes] = []
         for extension, data in files.items():
-            member = tarfile.TarInfo(f"{key}.{extension}")
-            member.size = len(data)
-            # The default TarInfo has time 0, mode 0644 and no owner: the same bytes everywhere.
-            self._append(member.tobuf(tarfile.USTAR_FORMAT))
-            self._append(data)
-            self._append(bytes(-len(data) % BLOCK))
+            parts += [_header(f"{key}.{extension}", len(data)), data, bytes(-len(data) % BLOCK)]
+        self._append(b"".join(parts))
         self.samples += 1
         self.checks.append(sample_check(files))
 
@@ -421,6 +422,19 @@ class ShardWriter:
             self.sha256 = self._hash.hexdigest()
         self._file.close()
         self._replacing.__exit__(*error)  # type: ignore[arg-type]
+
+
+def _header(name: str, size: int) -> bytes:
+    """A member's `ustar` header: time 0, mode 0644 and no owner, the same bytes everywhere."""
+    encoded = name.encode()
+    if len(encoded) > 100 or size >= 8**11:  # the rare ones
+        member = tarfile.TarInfo(name)
+        member.size = size
+        return member.tobuf(tarfile.USTAR_FORMAT)
+    # tarfile takes ten times as long as this, a quarter of all time beside small codecs.
+    begin = encoded.ljust(100, b"\0") + b"%s%011o%s" % (_HEAD, size, _TIME)
+    total = sum(begin) + 8 * ord(" ") + _TAIL_SUM
+    return b"%s%06o\0 %s" % (begin, total, _TAIL)
 
 
 def sample_check(files: Mapping[str, bytes]) -> str:

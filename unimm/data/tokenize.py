@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 import unimm
 from unimm.checkpoint import sha256
-from unimm.data.batch import Layouts, Structure, structure_of
+from unimm.data.batch import Structure, structure_of
 from unimm.data.coding import Coder, Slot
 from unimm.data.manifest import Manifest, Recipe, digest, manifest_path
 from unimm.data.prefetch import Prefetch
@@ -33,6 +33,7 @@ from unimm.data.preparing import Prepared, Preparer
 from unimm.data.shards import Sample, ShardReader, ShardWriter, remove_abandoned
 from unimm.data.sources import Source
 from unimm.data.templates import Drawing, Template, check_templates
+from unimm.sequence import Segment
 from unimm.tokenizer import UnifiedTokenizer
 from unimm.vocabulary import MODALITIES, Vocabulary
 
@@ -128,7 +129,6 @@ class ShardTokenizer:
         self._preparer = Preparer(tokenizer, self.draw)
         self._decoding = decoding or self._in_threads
         self._coders = coder_hashes(tokenizer)
-        self._layouts = Layouts(tokenizer.grammar)
         self._dtype = ids_dtype(tokenizer.vocabulary)
 
     def recipe(self, source: str) -> Recipe:
@@ -205,7 +205,7 @@ class ShardTokenizer:
                     done += 1
                     for number, document in enumerate(documents):
                         writer.write(f"{key}-{number}", self._files(document))
-                        tokens.update(self._count(document))
+                        tokens.update(document.tokens)
                     if on_progress is not None:
                         on_progress(Progress(done, len(reader), writer.samples, tokens))
                 if writer.samples == 0:
@@ -269,7 +269,8 @@ class ShardTokenizer:
             except ValueError as refused:  # an item too large for its size to be written
                 skipped.add(sample, str(refused))
                 return sample.key, []
-            documents.append(_Document(ids, template, sample.key, structure_of(segments)))
+            facts = (structure_of(segments), self._count(segments))
+            documents.append(_Document(ids, template, sample.key, *facts))
         return sample.key, documents
 
     def _files(self, document: _Document) -> dict[str, bytes]:
@@ -284,19 +285,23 @@ class ShardTokenizer:
             META_FILE: json.dumps(meta, separators=(",", ":")).encode(),
         }
 
-    def _count(self, document: _Document) -> dict[str, int]:
-        layout = self._layouts(document.structure, document.ids.numpy())
-        counts = np.bincount(layout.modality, minlength=len(MODALITIES))
-        return dict(zip(MODALITIES, counts.tolist(), strict=True))
+    def _count(self, segments: Sequence[Segment]) -> Counter[str]:
+        """Ids by modality, as a layout says; `<bos>`, `<eos>` and turns count as text."""
+        tokens = Counter({"text": 2})
+        for segment in segments:
+            kind = segment.kind if segment.kind in self.tokenizer.grammar.rules else "text"
+            tokens[kind] += self.tokenizer.grammar.length(segment)
+        return tokens
 
 
 class _Document(NamedTuple):
-    """One document of a token shard: ids int64 (T,), template, key of the raw sample, items."""
+    """A document of a token shard: ids int64 (T,), template, key of the sample, items, counts."""
 
     ids: torch.Tensor
     template: str
     source: str
     structure: Structure
+    tokens: Counter[str]
 
 
 def _done(waiting: tuple[Sample, Prepared, list[Slot]]) -> bool:

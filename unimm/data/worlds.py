@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from unimm.checkpoint import seal
-from unimm.data import dialpad, digits
-from unimm.data.folders import make_raw_shards
+from unimm.data import dialpad, dialpad_talk, digits
+from unimm.data.folders import RawSummary, make_raw_shards
 from unimm.data.media import decode
 from unimm.data.shards import ShardReader, expand
 from unimm.text import TextModel
@@ -19,6 +19,8 @@ from unimm_tokenizers import Codec
 
 World = Literal["dialpad", "digits"]
 Split = Literal["train", "val"]
+Made = Literal["dialpad", "dialpad-talk", "digits"]
+MADE_BY_RULE = ("dialpad", "dialpad-talk")  # their names are sources
 DEFAULT_COUNT = 1000
 
 
@@ -26,17 +28,18 @@ def make_shards(
     source: str | Path,
     out: str | Path,
     *,
-    world: World | None = None,
+    world: Made | None = None,
     split: Split = "train",
     count: int | None = None,
     seed: int = 0,
-) -> int:
-    """Write raw shards; returns the number of samples.
+) -> RawSummary:
+    """Write raw shards.
 
     Args:
         source: the data: a folder, a JSONL file, or "dialpad" for the world that is made by rule.
         out: folder of the shards.
-        world: "dialpad", "digits" (MNIST and FSDD files in a folder), or None for a plain folder.
+        world: "dialpad", "dialpad-talk" (its conversations), "digits" (MNIST and FSDD files in a
+            folder), or None for a plain folder.
         split: of the digits.
         count: samples to make of a world.
         seed: of a world.
@@ -45,27 +48,30 @@ def make_shards(
         ValueError: the source is missing or does not hold what the world needs.
     """
     if world is None:
-        return make_raw_shards(Path(source), Path(out)).samples
+        return make_raw_shards(Path(source), Path(out))
     wanted = DEFAULT_COUNT if count is None else count
+    # Drawing costs 3 ms a scene; below a thousand, starting processes costs more.
+    workers = (os.cpu_count() or 1) if wanted > 1000 else 1
     if world == "dialpad":
-        # Drawing costs 3 ms a scene; below a thousand, starting processes costs more.
-        workers = (os.cpu_count() or 1) if wanted > 1000 else 1
-        dialpad.write_raw_shards(Path(out), wanted, seed, workers=workers)
+        made = dialpad.write_raw_shards(Path(out), wanted, seed, workers=workers)
+    elif world == "dialpad-talk":
+        made = dialpad_talk.write_conversations(Path(out), wanted, seed, workers=workers)
     else:
-        digits.write_raw_shards(Path(source), Path(out), split, wanted, seed)
-    return wanted
+        made = digits.write_raw_shards(Path(source), Path(out), split, wanted, seed)
+    return RawSummary(shards=made, samples=wanted)
 
 
 def captions(shards: str | Path) -> Iterator[str]:
-    """The words of raw shards: every .txt, and the text fields of every .json."""
+    """The words of raw shards: every .txt, and the texts of every .json, alone or in a list."""
     for path in expand(shards):
         for sample in ShardReader(path):
             if "txt" in sample:
                 yield str(decode("txt", sample["txt"], sample.where))
             if "json" in sample:
                 fields = decode("json", sample["json"], sample.where)
-                if isinstance(fields, dict):
-                    yield from (value for value in fields.values() if isinstance(value, str))
+                for value in fields.values() if isinstance(fields, dict) else ():
+                    entries = value if isinstance(value, list) else [value]
+                    yield from (entry for entry in entries if isinstance(entry, str))
 
 
 def assemble_tokenizer(

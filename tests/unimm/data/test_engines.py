@@ -119,7 +119,7 @@ def test_the_bar_tells_rates_and_failures() -> None:
     tally.part("a", Progress(5, 10, 5, {"text": 50}))
     assert tally.completed == 0.5
     tally.part("b", Progress(10, 20, 10, {"image": 200}))
-    tally.end("a", Progress(10, 10, 10, {"text": 100}))
+    tally.end("a", Progress(40, 40, 40, {"text": 100}))  # four documents of each sample
     tally.part("a", Progress(9, 10, 9, {"text": 90}))  # comes late: not counted twice
     tally.end("c", None)
     assert tally.completed == 2.5

@@ -14,7 +14,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from unimm.data.media import EXTENSIONS, MediaError, decode
+from unimm.data.media import EXTENSIONS, MediaError, decode, open_media
 
 WHERE = "shard.tar: sample 0007"
 
@@ -105,6 +105,21 @@ def test_sounds(extension: str, form: str, channels: int) -> None:
     assert audio.samples.shape == (channels, 16000)
     assert audio.samples.dtype == torch.float32
     assert 0.2 < audio.samples.abs().max() < 0.4
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_U8", "PCM_24", "FLOAT", "ULAW"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_wav_has_the_samples_that_libsndfile_reads(subtype: str, channels: int) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.3, (1001, channels)).clip(-1, 1)
+    data = sound(noise, "WAV", subtype=subtype)
+    listed = data[:12] + b"LIST" + struct.pack("<I", 3) + b"abc\0" + data[12:]
+    theirs, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    for file in (data, listed):
+        audio = decode("wav", file, WHERE)
+        assert audio.sample_rate == rate
+        assert np.array_equal(audio.samples.numpy(), theirs.T)
+        opened = open_media("wav", file, WHERE)
+        assert torch.equal(torch.cat(list(opened.blocks(100)), dim=1), audio.samples)
 
 
 def test_silence_and_a_single_sample_are_sounds() -> None:

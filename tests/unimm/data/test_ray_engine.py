@@ -113,3 +113,24 @@ def test_a_ray_that_was_imported_without_its_token_is_refused(
     run = RunConfig(engine="ray")
     with pytest.raises(ValueError, match="set RAY_AUTH_MODE=token before it is"):
         tokenize_shards(make.raw(1, 1), tmp_path / "out", bundle, run=run, progress=False)
+
+
+@pytest.mark.timeout(300)
+def test_a_cluster_that_can_not_be_reached_is_one_line(
+    make: Any, bundle: Path, tmp_path: Path
+) -> None:
+    given = ["tokenize", str(make.raw(1, 1)), "--tokenizer", str(bundle), "--quiet"]
+    ray = ["--out", str(tmp_path / "out"), "--engine", "ray", "--ray-address", "nowhere"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-m", "unimm.cli", *given, *ray],
+        env={**environment, "RAY_AUTH_TOKEN": "0" * 64},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("unimm: error: Ray did not start at nowhere: ")

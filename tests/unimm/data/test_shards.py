@@ -109,6 +109,19 @@ def test_equal_samples_make_equal_bytes(tmp_path: Path) -> None:
     manifest.check(tmp_path / "a.tar", verify=True)
 
 
+@pytest.mark.parametrize(
+    "name", ["0.txt", "sub/0001.ids.npy", "ä.txt", "x" * 96 + ".txt", "d/" * 60 + "a.txt"]
+)
+def test_members_have_the_headers_of_tarfile(tmp_path: Path, name: str) -> None:
+    key, _, extension = name.partition(".")
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        writer.write(key, {extension: b"seven" * 300})
+    member = tarfile.TarInfo(name)
+    member.size = 1500
+    with (tmp_path / "a.tar").open("rb") as file:
+        assert file.read(BLOCK) == member.tobuf(tarfile.USTAR_FORMAT)
+
+
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
         with ShardWriter(tmp_path / "a.tar") as writer:

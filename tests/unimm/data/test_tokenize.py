@@ -166,6 +166,18 @@ def test_a_sample_that_a_codec_refuses_is_found_among_the_others(
     assert set(manifest.tokens) == {"text", "semantic"}
 
 
+def test_pictures_are_cut_to_a_grid_that_the_vocabulary_fixes(
+    make: Any, tokenizer: UnifiedTokenizer, tmp_path: Path
+) -> None:
+    fixed = UnifiedTokenizer(tokenizer.text, [tokenizer.codecs["image"]], grids={"image": (4, 4)})
+    source = make.shard([{"png": make.png(0, width=23, height=19)}])
+    manifest = tokenize_shard(source, tmp_path / "out", fixed, [Template(["{png}"])])
+    (sample,) = ShardReader(tmp_path / "out/one.tar")
+    picture = decode("png", ShardReader(source).samples[0]["png"], "")
+    assert torch.equal(ids_of(sample), fixed.encode([picture]))
+    assert manifest.tokens["image"] == 4 * 4 + 2
+
+
 def test_too_many_unusable_samples_fail_the_shard(
     make: Any, tokenizer: UnifiedTokenizer, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from unimm.tokenizer import UnifiedTokenizer
 
 
 def test_the_world_made_by_rule(tmp_path: Path) -> None:
-    assert make_shards("dialpad", tmp_path, world="dialpad", count=3, seed=4) == 3
+    assert make_shards("dialpad", tmp_path, world="dialpad", count=3, seed=4).samples == 3
     (path,) = expand(tmp_path)
     assert [sorted(sample.members) for sample in ShardReader(path)] == [
         ["gif", "json", "png", "txt", "wav"]
@@ -28,7 +28,7 @@ def test_the_world_made_by_rule(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_real_digits(shared_data: Path, tmp_path: Path, split: Any) -> None:
     made = make_shards(shared_data / "digits", tmp_path, world="digits", split=split, count=5)
-    assert made == 5
+    assert made.samples == 5
     (path,) = expand(tmp_path)
     samples = ShardReader(path)
     assert len(samples) == 5
@@ -47,16 +47,17 @@ def test_a_plain_folder_counts_what_is_usable(make: Any, tmp_path: Path) -> None
     (folder / "cat.png").write_bytes(make.png(1))
     (folder / "cat.txt").write_text("a cat")
     (folder / "dog.png").write_bytes(b"no picture")
-    assert make_shards(folder, tmp_path / "out") == 1
+    made = make_shards(folder, tmp_path / "out")
+    assert (made.samples, made.skipped[0][0]) == (1, str(folder / "dog.png"))
 
 
 def test_words_are_texts_and_the_strings_of_json(make: Any) -> None:
-    notes = b'{"film": "seven left", "digit": 7, "deep": {"no": "no"}}'
+    notes = b'{"film": "seven left", "digit": 7, "captions": ["a", "b"], "deep": {"no": "no"}}'
     listed = b'["no object"]'
     path = make.shard(
         [{"txt": b"seven", "json": notes}, {"png": make.png(1)}, {"txt": b"two", "json": listed}]
     )
-    assert list(captions(path)) == ["seven", "seven left", "two"]
+    assert list(captions(path)) == ["seven", "seven left", "a", "b", "two"]
 
 
 def test_words_that_can_not_be_read_are_named(make: Any) -> None:
