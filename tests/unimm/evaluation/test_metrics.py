@@ -109,6 +109,17 @@ def test_ms_ssim_agrees_with_torchmetrics_on_windows_that_lie_inside() -> None:
     assert metrics.ms_ssim(small, small, data_range=2.0).isnan().all()
 
 
+def test_both_similarities_are_those_taken_alone() -> None:
+    real = _noise(1, 3, 180, 200)
+    made = (real + 0.1 * _noise(1, 3, 180, 200, seed=1)).clamp(-1, 1)
+    alone, scales = metrics.both_ssim(made, real, data_range=2.0)
+    assert torch.equal(alone, metrics.ssim(made, real, data_range=2.0))
+    assert torch.equal(scales, metrics.ms_ssim(made, real, data_range=2.0))
+    small = metrics.both_ssim(made[..., :100], real[..., :100], data_range=2.0)
+    assert not small[0].isnan().any()
+    assert small[1].isnan().all()
+
+
 def test_values_outside_the_stated_range_are_refused() -> None:
     """8-bit values with the range of [-1, 1] would give a PSNR that means nothing."""
     real = (_noise(1, 3, 16, 16) + 1) * 127.5

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from unimm.cli import main
 from unimm.data.dialpad import make_scene, write_raw_shards
 from unimm.evaluation.reconstruction import (
     Protocol,
@@ -408,6 +409,26 @@ def test_the_bench_writes_figures_samples_and_a_page(shards: Path, tmp_path: Pat
     assert _stable(again) == [row for row in _stable(results) if row[0] == names[1]]
 
 
+def test_the_command_takes_several_places_a_limit_and_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        for number in range(2):
+            picture = Image.new("RGB", (16, 16), (80 * number, 0, 0))
+            picture.save(tmp_path / place / f"{place}-{number}.png")
+    out = tmp_path / "out"
+    given = ["bench", "png:64", "--out", str(out), "--split", "reds"]
+    places = ["--data", str(tmp_path / "one"), "--data", str(tmp_path / "two")]
+    assert main([*given, *places, "--limit", "3", "--quiet"]) == 0
+    assert "### image: quality" in capsys.readouterr().out
+    results = read_results(out)
+    assert [row.key for row in results.rows] == ["one-0.png", "one-1.png", "two-0.png"]
+    assert (results.protocol.split, results.protocol.limit) == ("reds", 3)
+    assert main([*given, *places, "--weights", str(tmp_path)]) == 1
+    assert "weights.json" in capsys.readouterr().err
+
+
 def test_a_bench_with_failures_writes_its_page_and_then_says_so(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -463,6 +484,18 @@ def test_classical_codecs_stand_beside_learned_ones_at_their_rate(tmp_path: Path
     assert "<svg" in (tmp_path / "plot.html").read_text()
     with pytest.raises(ValueError, match="kbps of image was not measured"):
         results.plot("image", "kbps")
+
+
+def test_a_page_opens_offline_and_the_browser_refuses_nothing(
+    shards: Path, tmp_path: Path, browse: Any
+) -> None:
+    names = ["vision-tiny-f8-video", "soundstream-8khz", "jpeg:60"]
+    bench(names, shards, tmp_path / "out", Protocol(limit=2, probes=False))
+    done = browse(tmp_path / "out" / "report.html")
+    assert "Content Security Policy" not in done.stderr
+    assert "ERR_" not in done.stderr
+    for piece in ("<svg", "<audio", "<th", "jpeg:60"):
+        assert piece in done.stdout
 
 
 def test_a_pages_captions_are_escaped_and_it_stays_small() -> None:

@@ -4,10 +4,9 @@ import io
 import json
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from unimm.evaluation.report_parts import duration, markdown_table, render_item
 from unimm.evaluation.statistics import Mean, Share
 from unimm.signals import Audio, Document, Semantic, Turn, Video
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "img"}
 ATTACK = "</td></script><script>alert('x')</script><img src=http://example.org onerror=alert(1)>"
 
@@ -149,8 +147,9 @@ def test_a_sortable_table_brings_one_script_that_the_policy_knows_by_its_hash() 
     assert len(Page(html).all("button")) == 2
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_table_sorts_at_a_click_and_the_browser_refuses_nothing(tmp_path: Path) -> None:
+def test_a_table_sorts_at_a_click_and_the_browser_refuses_nothing(
+    tmp_path: Path, browse: Any
+) -> None:
     """The page as it is, and once more without its policy and with a click of our own."""
     html = _sortable()
     clicks = "document.querySelectorAll('th button')[1].click();"
@@ -159,24 +158,11 @@ def test_a_table_sorts_at_a_click_and_the_browser_refuses_nothing(tmp_path: Path
     for count in range(3):
         clicked = without.replace("</body>", f"<script>{clicks * count}</script></body>")
         (tmp_path / "page.html").write_text(clicked if count else html)
-        done = _browse(tmp_path / "page.html")
+        done = browse(tmp_path / "page.html")
         assert "Content Security Policy" not in done.stderr
         body = done.stdout[done.stdout.index("<tbody>") :]
         shown.append("".join(re.findall(r"<tr><td>(\w)</td>", body)))
     assert shown == ["bcad", "dbac", "abdc"]
-
-
-def _browse(path: Path) -> subprocess.CompletedProcess[str]:
-    assert CHROMIUM is not None
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    profile = f"--user-data-dir={path.parent / 'profile'}"
-    return subprocess.run(
-        [CHROMIUM, *options, profile, "--dump-dom", path.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
 
 
 def test_captions_stay_captions() -> None:

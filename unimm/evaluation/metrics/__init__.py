@@ -18,6 +18,7 @@ from unimm.evaluation.metrics.codes import (
 )
 from unimm.evaluation.metrics.common import CEILING
 from unimm.evaluation.metrics.image import (
+    both_ssim,
     dct_distance,
     gradient_distance,
     motion_psnr,
@@ -41,6 +42,7 @@ __all__ = [
     "MEASURES",
     "Measure",
     "bits_per_pixel",
+    "both_ssim",
     "code_bits",
     "dct_distance",
     "gradient_distance",
@@ -109,16 +111,20 @@ def measure(modality: str, made: Tensor, real: Tensor, sample_rate: int) -> dict
             "stft_distance": stft_distance(made, real),
             "log_spectral_distance": log_spectral_distance(made, real),
         }
-    else:
+    elif modality == "video":
         values = {
             "psnr": psnr(made, real, data_range=CODEC_RANGE),
             "ssim": ssim(made, real, data_range=CODEC_RANGE),
+            "worst_frame_psnr": worst_frame_psnr(made, real, data_range=CODEC_RANGE),
+            "motion_psnr": motion_psnr(made, real, data_range=CODEC_RANGE),
         }
-        if modality == "video":
-            values["worst_frame_psnr"] = worst_frame_psnr(made, real, data_range=CODEC_RANGE)
-            values["motion_psnr"] = motion_psnr(made, real, data_range=CODEC_RANGE)
-        else:
-            values["ms_ssim"] = ms_ssim(made, real, data_range=CODEC_RANGE)
-            values["gradient_distance"] = gradient_distance(made, real)
-            values["dct_distance"] = dct_distance(made, real)
+    else:
+        single, scales = both_ssim(made, real, data_range=CODEC_RANGE)
+        values = {
+            "psnr": psnr(made, real, data_range=CODEC_RANGE),
+            "ssim": single,
+            "ms_ssim": scales,
+            "gradient_distance": gradient_distance(made, real),
+            "dct_distance": dct_distance(made, real),
+        }
     return {name: float(value) for name, value in values.items()}

@@ -55,11 +55,7 @@ def ssim(made: Tensor, real: Tensor, *, data_range: float) -> Tensor:
     Raises:
         ValueError: the shapes differ or are neither, or data_range does not fit.
     """
-    x, y = _planes(made, real, data_range)
-    if min(x.shape[-2:]) < _WINDOW:
-        return undefined(made)
-    full, _ = _similarity(x, y, data_range)
-    return full.view(len(made), -1).mean(dim=1)
+    return _over_scales(made, real, data_range, 1)[0]
 
 
 def ms_ssim(made: Tensor, real: Tensor, *, data_range: float) -> Tensor:
@@ -68,17 +64,33 @@ def ms_ssim(made: Tensor, real: Tensor, *, data_range: float) -> Tensor:
     NaN where a side is shorter than 176: the coarsest scale must hold a window. Negative contrast
     terms count as 0, as a product of powers has no other meaning for them.
     """
+    return both_ssim(made, real, data_range=data_range)[1]
+
+
+def both_ssim(made: Tensor, real: Tensor, *, data_range: float) -> tuple[Tensor, Tensor]:
+    """`ssim` and `ms_ssim` for the time of the second: the finest scale is that of the first."""
+    return _over_scales(made, real, data_range, len(_SCALES))
+
+
+def _over_scales(
+    made: Tensor, real: Tensor, data_range: float, scales: int
+) -> tuple[Tensor, Tensor]:
+    """SSIM of the finest scale, and the product over all, where they are asked for and defined."""
     x, y = _planes(made, real, data_range)
-    if min(x.shape[-2:]) < _WINDOW * 2 ** (len(_SCALES) - 1):
-        return undefined(made)
-    product = torch.ones(len(x), dtype=torch.float64)
-    for scale, weight in enumerate(_SCALES):
-        if scale:
-            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    side, whole = min(x.shape[-2:]), undefined(made)
+    if side < _WINDOW:
+        return whole, whole
+    full, contrast = _similarity(x, y, data_range)
+    finest = full.view(len(made), -1).mean(dim=1)
+    if scales < len(_SCALES) or side < _WINDOW * 2 ** (scales - 1):
+        return finest, whole
+    product = contrast.clamp_min(0) ** _SCALES[0]
+    for scale, weight in enumerate(_SCALES[1:], start=1):
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
         full, contrast = _similarity(x, y, data_range)
         term = full if scale == len(_SCALES) - 1 else contrast
         product = product * term.clamp_min(0) ** weight
-    return product.view(len(made), -1).mean(dim=1)
+    return finest, product.view(len(made), -1).mean(dim=1)
 
 
 def gradient_distance(made: Tensor, real: Tensor) -> Tensor:

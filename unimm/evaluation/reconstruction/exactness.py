@@ -138,7 +138,8 @@ def _stream(codec: Codec, x: Tensor, made: Tensor) -> _Found | None:
     parts, signals = [], []
     for start, end in pairwise(cuts):
         codes, state = codec.encode_chunk(x[..., start:end], state)  # pyright: ignore
-        signal, state = codec.decode_chunk(codes, state)  # pyright: ignore
+        last = end == x.shape[-1]
+        signal, state = codec.decode_chunk(codes, state, last=last)  # pyright: ignore
         parts.append(codes)
         signals.append(signal)
     return _Found(torch.cat(parts, dim=-1), torch.cat(signals, dim=-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,6 +28,9 @@ class Plot(NamedTuple):
     svg: str
     names: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"Plot({self.title!r}, {', '.join(self.names)})"
+
     def _repr_html_(self) -> str:
         keys = "".join(
             f'<li><i style="background:var(--s{number})"></i>{escape(name)}</li>'
@@ -46,8 +50,16 @@ class Plot(NamedTuple):
         )
 
 
-def rate_plot(results: Results, modality: str, measure: str | None = None) -> Plot:
-    """Mean of a measure over the mean rate, logarithmic; at most ten curves, learned codecs first.
+class RateCurves(NamedTuple):
+    """Curves of mean rate and mean measure: name -> points (rate, value), learned codecs first."""
+
+    rate: str
+    measure: str
+    series: Mapping[str, Sequence[tuple[float, float]]]
+
+
+def rate_curves(results: Results, modality: str, measure: str | None = None) -> RateCurves:
+    """A point for each learned codec, a line for each classical one, over their mean rates.
 
     Raises:
         ValueError: nothing of that was measured.
@@ -57,11 +69,7 @@ def rate_plot(results: Results, modality: str, measure: str | None = None) -> Pl
     learned: dict[str, list[tuple[float, float]]] = defaultdict(list)
     classical: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for summary in results.summaries:
-        if (
-            summary.modality != modality
-            or measure not in summary.means
-            or rate not in summary.means
-        ):
+        if summary.modality != modality or not {measure, rate} <= summary.means.keys():
             continue
         point = (summary.means[rate].value, summary.means[measure].value)
         if not summary.classical:
@@ -69,10 +77,20 @@ def rate_plot(results: Results, modality: str, measure: str | None = None) -> Pl
         elif "@" not in summary.codec:  # those that match a rate would zigzag along the curve
             classical[summary.codec.partition(":")[0]].append(point)
     series = {name: sorted(points) for name, points in [*learned.items(), *classical.items()]}
-    shown = dict(list(series.items())[:SERIES_COLOURS])
-    if not shown:
+    if not series:
         raise ValueError(f"plot: {measure} of {modality} was not measured")
-    labels = (MEASURES[rate].label, MEASURES[measure].label)
-    better = "higher" if MEASURES[measure].more_is_better else "lower"
-    svg = line_chart(shown, x_label=labels[0], y_label=labels[1], log_x=True, markers=True)
-    return Plot(f"{modality}: {labels[1]} over {labels[0]} ({better} is better)", svg, tuple(shown))
+    return RateCurves(rate, measure, series)
+
+
+def rate_plot(results: Results, modality: str, measure: str | None = None) -> Plot:
+    """Mean of a measure over the mean rate, logarithmic; at most ten curves, learned codecs first.
+
+    Raises:
+        ValueError: nothing of that was measured.
+    """
+    curves = rate_curves(results, modality, measure)
+    shown = dict(list(curves.series.items())[:SERIES_COLOURS])
+    x_label, y_label = MEASURES[curves.rate].label, MEASURES[curves.measure].label
+    better = "higher" if MEASURES[curves.measure].more_is_better else "lower"
+    svg = line_chart(shown, x_label=x_label, y_label=y_label, log_x=True, markers=True)
+    return Plot(f"{modality}: {y_label} over {x_label} ({better} is better)", svg, tuple(shown))

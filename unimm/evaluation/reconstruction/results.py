@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +108,7 @@ class Summary:
     weights: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results:
     """What `run` measured. In a notebook it shows itself as tables and a plot."""
 
@@ -118,7 +118,11 @@ class Results:
     summaries: Sequence[Summary]
     skipped: Mapping[str, str]
     environment: Mapping[str, str]
-    examples: Sequence[Example] = field(default=(), repr=False)
+    examples: Sequence[Example] = ()
+
+    def __repr__(self) -> str:
+        codecs = dict.fromkeys(summary.codec for summary in self.summaries)
+        return f"Results({len(codecs)} codecs, {len(self.rows)} rows, {len(self.failures)} failed)"
 
     def check(self) -> None:
         """Refuse a codec that failed on too many samples.
