@@ -1,16 +1,16 @@
 """Tokens per second of generation beside `transformers` on a Llama of the same shape, in one run.
 
-    python benchmarks/generation.py [--only picture] [--out benchmarks/results]
+    python benchmarks/generation.py [--only picture] [--model 58M] [--out benchmarks/results]
 
 Both write as many ids as one picture of 16 x 16 codes takes, with the same sampling (temperature 1,
 no filter), from the same prompt length, with random weights of the same shape and type, V = 65,536
 and tied embeddings, in eager mode. unimm writes under its grammar, whose choice of block lets the
-head score 16,384 or 1,024 ids instead of all; the rival draws from the whole vocabulary, which is
-what it does for such a model. What is compared takes turns, and the best run of each counts. On a
-CPU a time is the processor time of all threads over their number, which other programs on the
-machine lengthen less than wall time; on a GPU it is wall time. `grammar alone` is the time of
-states, ranges and positions by themselves. `stream` is the time from the call to the first chunk
-of decoded sound.
+head score 1,024 ids (other kinds: 16,384, or the text's) instead of all; the rival draws from the
+whole vocabulary, which is what it does for such a model. What is compared takes turns, and the best
+run of each counts. Times are wall times; beside them stand, on a CPU, the processor times of all
+threads, which other programs on the machine lengthen less. `grammar alone` is the time of states,
+ranges and positions by themselves. `stream` is the time from the call to the first chunk of decoded
+sound. The goals stand at the end: asked and reached.
 """
 
 import argparse
@@ -18,12 +18,12 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,9 +54,17 @@ class Row:
     batch: int
     by: str
     milliseconds: float | None = None
+    processor_milliseconds: float | None = None
     tokens_per_second: float | None = None
     ratio: float | None = None
     note: str = ""
+
+
+class Taken(NamedTuple):
+    """Seconds of a call: by the wall clock, and of all threads of this process."""
+
+    wall: float
+    processor: float
 
 
 class Clock:
@@ -65,24 +73,29 @@ class Clock:
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
 
-    def seconds(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    def taken(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Taken]:
         for call in calls.values():
             call()
         rounds = [
             {name: self._once(call) for name, call in calls.items()} for _ in range(self.repeats)
         ]
-        return {name: min(own[name] for own in rounds) for name in calls}
+        return {
+            name: Taken(
+                min(own[name].wall for own in rounds), min(own[name].processor for own in rounds)
+            )
+            for name in calls
+        }
 
-    def _once(self, call: Callable[[], object]) -> float:
-        if self.device.type == "cpu":
-            begin = time.process_time()
-            call()
-            return (time.process_time() - begin) / torch.get_num_threads()
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
+    def _once(self, call: Callable[[], object]) -> Taken:
+        self._wait()
+        wall, processor = time.perf_counter(), time.process_time()
         call()
-        torch.cuda.synchronize()
-        return time.perf_counter() - begin
+        self._wait()
+        return Taken(time.perf_counter() - wall, time.process_time() - processor)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 def vocabulary() -> Vocabulary:
@@ -93,17 +106,13 @@ def vocabulary() -> Vocabulary:
     return made
 
 
-def shapes(device: torch.device) -> dict[str, ModelConfig]:
-    small = {
-        "22M": ModelConfig(vocab_size=V, d_model=256, num_layers=6, num_heads=4, d_ff=704),
-        "58M": ModelConfig(vocab_size=V, d_model=512, num_layers=8, num_heads=8, d_ff=1408),
-    }
-    if device.type == "cpu":
-        return small
-    large = ModelConfig(
+SHAPES = {
+    "22M": ModelConfig(vocab_size=V, d_model=256, num_layers=6, num_heads=4, d_ff=704),
+    "58M": ModelConfig(vocab_size=V, d_model=512, num_layers=8, num_heads=8, d_ff=1408),
+    "1.3B": ModelConfig(
         vocab_size=V, d_model=2048, num_layers=22, num_heads=16, num_kv_heads=16, d_ff=5632
-    )
-    return {**small, "1.3B": large}
+    ),
+}
 
 
 def job_of(
@@ -130,20 +139,17 @@ WISHES = {
 }
 
 
-def rows_of(device: torch.device, clock: Clock, only: str, model: str) -> Iterator[Row]:
-    grammar = Grammar(vocabulary())
-    for name, config in shapes(device).items():
-        if not name.startswith(model):
-            continue
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        with torch.device(device):
-            lm = UnifiedLM(config).eval().to(dtype)
-        for batch in (1, 16):
-            for what, wish in WISHES.items():
-                if what.startswith(only):
-                    yield from compared(lm, grammar, name, batch, what, wish, clock)
-        if "sound".startswith(only):
-            yield first_sound(name, config, clock)
+def rows_of(device: torch.device, clock: Clock, only: str, name: str) -> Iterator[Row]:
+    grammar, config = Grammar(vocabulary()), SHAPES[name]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    with torch.device(device):
+        lm = UnifiedLM(config).eval().to(dtype)
+    for batch in (1, 16):
+        for what, wish in WISHES.items():
+            if what.startswith(only):
+                yield from compared(lm, grammar, name, batch, what, wish, clock)
+    if "sound".startswith(only):
+        yield first_sound(name, config, clock)
 
 
 def compared(
@@ -167,23 +173,22 @@ def compared(
         compiled = UnifiedLM(lm.config).eval().to(lm.device, lm.embedding.weight.dtype)
         compiled.compile_step()
         calls["unimm, compiled"] = lambda: list(run(compiled, grammar, job))
-    llama = rival(lm, batch, count)
-    if llama is not None:
-        calls["transformers"] = llama
-    taken = clock.seconds(calls)
-    for by, seconds in taken.items():
-        share = f"{seconds / taken['unimm']:.1%} of unimm's time" if by == "grammar alone" else ""
+        llama = rival(lm, batch, count)
+        if llama is not None:
+            calls["transformers"] = llama
+    taken = clock.taken(calls)
+    for by, own in taken.items():
         yield Row(
             what=what,
             model=name,
             batch=batch,
             by=by,
-            milliseconds=seconds / count * 1e3,
-            tokens_per_second=batch * count / seconds,
-            ratio=seconds / taken["unimm"],
-            note=share,
+            milliseconds=own.wall / count * 1e3,
+            processor_milliseconds=own.processor / count * 1e3,
+            tokens_per_second=batch * count / own.wall,
+            ratio=own.wall / taken["unimm"].wall,
         )
-    if llama is None:
+    if what == "picture" and "transformers" not in taken:
         yield Row(what=what, model=name, batch=batch, by="transformers", note="not installed")
 
 
@@ -262,26 +267,60 @@ def first_sound(name: str, config: ModelConfig, clock: Clock) -> Row:
     def first() -> None:
         next(pieces(tok, run(lm, tok.grammar, job)))
 
-    seconds = clock.seconds({"stream": first})["stream"]
+    taken = clock.taken({"stream": first})["stream"]
     levels, rate = codec.num_codebooks, codec.frame_rate
     note = f"first sound of encodec-24khz: {levels} codes, {1000 / (rate or 1):.0f} ms of sound"
     return Row(
-        what="sound", model=name, batch=1, by="stream", milliseconds=seconds * 1e3, note=note
+        what="sound",
+        model=name,
+        batch=1,
+        by="stream",
+        milliseconds=taken.wall * 1e3,
+        processor_milliseconds=taken.processor * 1e3,
+        note=note,
     )
+
+
+class Goal(NamedTuple):
+    """What is asked of the ratio of a row's time and unimm's, and where: `device` "" is any."""
+
+    by: str
+    asked: str
+    met: Callable[[float], bool]
+    device: str = ""
+
+
+GOALS = (
+    Goal("transformers", "at least 3 times unimm's time", lambda ratio: ratio >= 3, "cpu"),
+    Goal("grammar alone", "under 0.03 of unimm's time", lambda ratio: ratio < 0.03),
+    Goal("unimm, guided", "under 1.3 times unimm's time", lambda ratio: ratio < 1.3, "cuda"),
+)
+
+
+def verdicts(rows: Sequence[Row], device: torch.device) -> list[str]:
+    """A line for each goal and each row that it is asked of."""
+    return [
+        f"- {goal.by}, {row.what}, batch {row.batch}, {row.model}: asked {goal.asked}, "
+        f"reached {row.ratio:.3g}: {'met' if goal.met(row.ratio) else 'MISSED'}"
+        for goal in GOALS
+        for row in rows
+        if row.by == goal.by and row.ratio is not None and goal.device in ("", device.type)
+    ]
 
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| writing | model | batch | by | ms per step | ids/s | times unimm's | note |",
-        "|---|---|---|---|---|---|---|---|",
+        "| writing | model | batch | by | ms a step | of processor | ids/s | ratio | note |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         figures = [
             "" if value is None else f"{value:.{digits}f}"
             for value, digits in (
                 (row.milliseconds, 3),
+                (row.processor_milliseconds, 3),
                 (row.tokens_per_second, 0),
-                (row.ratio, 2),
+                (row.ratio, 3),
             )
         ]
         cells = [row.what, row.model, str(row.batch), row.by, *figures, row.note]
@@ -292,11 +331,12 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", default="", help="what is written, names that begin so")
-    parser.add_argument("--model", default="", help="shapes whose name begins so")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", choices=SHAPES, help="default: 22M on a CPU, 1.3B on a GPU")
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = arguments.model or ("22M" if device.type == "cpu" else "1.3B")
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu-{platform.machine()}"
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -305,13 +345,15 @@ def main() -> None:
     print(head, flush=True)
     rows: list[Row] = []
     clock = Clock(device, arguments.repeats)
-    for row in rows_of(device, clock, arguments.only, arguments.model):
+    for row in rows_of(device, clock, arguments.only, model):
         rows.append(row)
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     stem = f"{datetime.now(UTC):%Y-%m-%d}-{name.replace(' ', '-').lower()}-generation"
-    content = {"head": head, "rows": [asdict(row) for row in rows]}
+    told = verdicts(rows, device)
+    print("\n".join(told))
+    content = {"head": head, "rows": [asdict(row) for row in rows], "goals": told}
     write(arguments.out / f"{stem}.json", json.dumps(content, indent=1) + "\n")
-    write(arguments.out / f"{stem}.md", f"{head}\n\n{table(rows)}\n")
+    write(arguments.out / f"{stem}.md", f"{head}\n\n{table(rows)}\n\n" + "\n".join(told) + "\n")
 
 
 def write(path: Path, text: str) -> None:

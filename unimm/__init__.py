@@ -1,3 +1,5 @@
+# pyright: strict
+
 """unimm: one vocabulary, one decoder-only transformer, every modality in and out.
 
 Names resolve on first use, so that `import unimm` loads neither torch nor numpy.
@@ -22,7 +24,11 @@ _HOMES = {
     "load_codec": "unimm.tokenizer",
     "presets": "unimm_tokenizers",
     "push_to_hub": "unimm.checkpoint",
+    "Chat": "unimm.generation",
+    "classify": "unimm.generation",
+    "extend": "unimm.generation",
     "generate": "unimm.generation",
+    "infill": "unimm.generation",
     "reconstruct": "unimm.views",
     "score": "unimm.generation",
     "show": "unimm.views",
@@ -31,6 +37,7 @@ _HOMES = {
 
 __all__ = [
     "Audio",
+    "Chat",
     "ModelConfig",
     "Semantic",
     "Turn",
@@ -40,7 +47,10 @@ __all__ = [
     "Vocabulary",
     "__version__",
     "build_codec",
+    "classify",
+    "extend",
     "generate",
+    "infill",
     "load_codec",
     "presets",
     "push_to_hub",
@@ -52,7 +62,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from unimm.checkpoint import push_to_hub
-    from unimm.generation import generate, score, stream
+    from unimm.generation import Chat, classify, extend, generate, infill, score, stream
     from unimm.model import ModelConfig, UnifiedLM
     from unimm.signals import Audio, Semantic, Turn, Video
     from unimm.tokenizer import UnifiedTokenizer, load_codec

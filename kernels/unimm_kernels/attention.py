@@ -54,6 +54,9 @@ def attention(
 
     Returns:
         (B, T, H, D) in q's dtype, or autocast's where autocast is on.
+
+    Raises:
+        ValueError: shapes, dtypes or options do not go together; says which.
     """
     q, k, v = autocast(q, k, v)
     _check(q, k, v, causal, window, segment_ids is not None or cu_seqlens is not None)

@@ -50,6 +50,9 @@ def decode_attention(
 
     Returns:
         (B, t, H, D) in q's dtype, or autocast's where autocast is on.
+
+    Raises:
+        ValueError: shapes or dtypes do not go together; says which.
     """
     q, k_cache, v_cache = autocast(q, k_cache, v_cache)
     same_dtype("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
@@ -75,19 +78,23 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -
     by masked scaled_dot_product_attention of the whole cache, 0.2 ms so.
     """
     batch, new, heads, dim = q.shape
-    groups = k.shape[2]
+    groups, masked = k.shape[2], True
     if batch and q.device.type == "cpu" and not torch.compiler.is_compiling():
-        longest = int(lengths.max())
+        shortest, longest = (int(length) for length in lengths.aminmax())
         k, v = k[:, :longest], v[:, :longest]
-    key = torch.arange(k.shape[1], device=q.device)
-    last = lengths.view(-1, 1) - new + torch.arange(new, device=q.device)
+        masked = new > 1 or shortest < longest  # else every key counts in every row
     wide = torch.promote_types(q.dtype, torch.float32)
     own = (q.to(wide) * scale).unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)
-    scores = (own @ k.to(wide).permute(0, 2, 3, 1)).view(batch, groups, new, -1, len(key))
-    # A score of an unwritten NaN of the cache is replaced; a weight of 0 times one would be NaN.
-    scores = scores.masked_fill((key > last[:, :, None])[:, None, :, None], float("-inf"))
-    v = v.masked_fill((key >= lengths.view(-1, 1))[:, :, None, None], 0)
-    weights = scores.softmax(-1).to(q.dtype).flatten(2, 3)
+    scores = own @ k.to(wide).permute(0, 2, 3, 1)
+    if masked:
+        key = torch.arange(k.shape[1], device=q.device)
+        last = lengths.view(-1, 1) - new + torch.arange(new, device=q.device)
+        late = (key > last[:, :, None])[:, None, :, None]
+        each = scores.view(batch, groups, new, -1, len(key))
+        # A score of an unwritten NaN of the cache is replaced; a weight of 0 times one is NaN.
+        scores = each.masked_fill(late, float("-inf")).flatten(2, 3)
+        v = v.masked_fill((key >= lengths.view(-1, 1))[:, :, None, None], 0)
+    weights = scores.softmax(-1).to(q.dtype)
     out = (weights @ v.transpose(1, 2)).view(batch, groups, new, -1, dim)
     return out.transpose(1, 2).reshape(batch, new, heads, dim)
 

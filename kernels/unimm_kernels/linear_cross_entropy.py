@@ -32,7 +32,7 @@ BLOCK = 4096
 
 
 class LinearCrossEntropy(NamedTuple):
-    """What `linear_cross_entropy` returns; only `loss` carries a gradient."""
+    """What `linear_cross_entropy` returns: loss, nll and lse; only `loss` carries a gradient."""
 
     loss: Tensor
     """float32 (), the weighted mean, z-loss included."""

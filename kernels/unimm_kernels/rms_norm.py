@@ -61,6 +61,9 @@ def rms_norm(
     Returns:
         (..., D) in x's dtype; with `residual` a pair of it and the sum x + residual, which has
         residual's dtype and continues the residual stream.
+
+    Raises:
+        ValueError: shapes do not go together, or D is more than "triton" takes.
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight {tuple(weight.shape)} must be ({x.shape[-1]},)")
@@ -87,8 +90,10 @@ def _reference(
     h, weight = total.to(wide), weight.to(wide)
     if torch.compiler.is_compiling():
         y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight
-    else:
+    elif torch.is_grad_enabled():
         y = EagerNorm.apply(h, weight, eps)
+    else:
+        y = (h * inverse_rms(h, eps)).mul_(weight)
     return y.to(x.dtype) if residual is None else (y.to(x.dtype), total)
 
 

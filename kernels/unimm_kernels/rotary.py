@@ -81,6 +81,9 @@ def qk_norm_rotary(
 
     Returns:
         q (B, T, H, D) and k (B, T, G, D) in their own dtypes; the arithmetic is float32.
+
+    Raises:
+        ValueError: shapes do not go together, or `inplace` where a gradient is recorded.
     """
     _check("qk_norm_rotary", q, positions, bases)
     _check("qk_norm_rotary", k, positions, bases)
@@ -107,7 +110,10 @@ def qk_norm_rotary(
 
 
 def pairs_per_axis(head_dim: int, axes: int) -> list[int]:
-    """How many channel pairs each axis turns: as even as it goes, the rest to the first."""
+    """How many of a head's `head_dim` / 2 channel pairs each of `axes` axes turns.
+
+    As even as it goes, the rest to the first.
+    """
     share = head_dim // 2 // axes
     return [head_dim // 2 - share * (axes - 1), *[share] * (axes - 1)]
 
@@ -173,7 +179,11 @@ def _reference(x: Tensor, weight: Tensor | None, turn: Rotation, eps: float) -> 
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     weight = None if weight is None else weight.to(wide.dtype)
     if not torch.compiler.is_compiling():
-        return EagerRotary.apply(wide, weight, *turn, eps).to(x.dtype)
+        if torch.is_grad_enabled():
+            return EagerRotary.apply(wide, weight, *turn, eps).to(x.dtype)
+        if weight is not None:
+            wide = (wide * inverse_rms(wide, eps)).mul_(weight)
+        return (wide * turn.cos).addcmul_(swapped(wide), turn.sin).to(x.dtype)
     if weight is not None:
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
     return (wide * turn.cos + swapped(wide) * turn.sin).to(x.dtype)

@@ -26,6 +26,9 @@ def swiglu(gate: Tensor, up: Tensor, *, implementation: str | None = None) -> Te
 
     Returns:
         (..., D) in gate's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes differ.
     """
     same_dtype("swiglu", gate=gate, up=up)
     if gate.shape != up.shape:

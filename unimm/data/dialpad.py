@@ -17,10 +17,11 @@ import json
 import multiprocessing
 import tarfile
 import wave
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ SAMPLE_RATE = 8000
 FRAMES = 9
 # GIF stores frame times in units of 10 ms, so 10 frames a second is exact and 8 would not be.
 FPS = 10.0
+# Key and {extension: bytes} of a raw sample.
+RawSample: TypeAlias = tuple[str, Mapping[str, bytes]]
 # Pixels per frame: the digit crosses 8 of 32 pixels, which leaves room for one of half the frame.
 _STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
@@ -74,20 +77,39 @@ def make_scene(seed: int, index: int, digit: int | None = None) -> Scene:
         raise ValueError(f"make_scene: seed and index must be 0 or more, got {seed} and {index}")
     if digit is not None and not 0 <= digit <= 9:
         raise ValueError(f"make_scene: digit must be 0 to 9, got {digit}")
-    streams = np.random.SeedSequence([seed, index]).spawn(4)
-    choice, picture, tone, film = (np.random.Generator(np.random.PCG64(s)) for s in streams)
+    choice, picture, tone, film = random_streams([seed, index], 4)
     chosen, direction = int(choice.integers(10)), DIRECTIONS[int(choice.integers(4))]
     shown = chosen if digit is None else digit
     return Scene(
         digit=shown,
         direction=direction,
         caption=WORDS[shown],
-        image=Image.fromarray(render.picture(shown, picture)),
-        audio=Audio(torch.from_numpy(render.tone(shown, tone, SAMPLE_RATE))[None], SAMPLE_RATE),
-        video=Video(
-            torch.from_numpy(render.film(shown, _STEPS[direction], film, frames=FRAMES)), FPS
-        ),
+        image=draw_picture(shown, picture),
+        audio=draw_sound(shown, tone),
+        video=draw_film(shown, direction, film),
     )
+
+
+def random_streams(key: Sequence[int], count: int) -> list[np.random.Generator]:
+    """Independent random streams that a key of non-negative integers fixes."""
+    streams = np.random.SeedSequence(list(key)).spawn(count)
+    return [np.random.Generator(np.random.PCG64(stream)) for stream in streams]
+
+
+def draw_picture(digit: int, rng: np.random.Generator) -> Image.Image:
+    """A picture of a digit, 32 x 32 RGB."""
+    return Image.fromarray(render.picture(digit, rng))
+
+
+def draw_sound(digit: int, rng: np.random.Generator) -> Audio:
+    """The two tones of a digit's key, 0.2 to 0.4 s."""
+    return Audio(torch.from_numpy(render.tone(digit, rng, SAMPLE_RATE))[None], SAMPLE_RATE)
+
+
+def draw_film(digit: int, direction: str, rng: np.random.Generator) -> Video:
+    """A film of a digit that moves "left", "right", "up" or "down"."""
+    frames = render.film(digit, _STEPS[direction], rng, frames=FRAMES)
+    return Video(torch.from_numpy(frames), FPS)
 
 
 def write_raw_shards(
@@ -105,17 +127,29 @@ def write_raw_shards(
     Returns:
         The shards, in order.
     """
-    if workers == 1:
-        samples = (_sample(seed, index) for index in range(count))
-        return write_shards(out, "dialpad", samples, samples_per_shard)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        drawn = pool.imap(partial(_sample, seed), range(count), chunksize=64)
-        return write_shards(out, "dialpad", drawn, samples_per_shard)
+    return write_drawn(out, "dialpad", partial(_sample, seed), count, samples_per_shard, workers)
 
 
-def _sample(seed: int, index: int) -> tuple[str, dict[str, bytes]]:
+def _sample(seed: int, index: int) -> RawSample:
     """Key and files of one scene."""
     return f"{index:08d}", scene_files(make_scene(seed, index))
+
+
+def write_drawn(
+    out: Path,
+    name: str,
+    draw: Callable[[int], RawSample],
+    count: int,
+    samples_per_shard: int,
+    workers: int,
+) -> list[Path]:
+    """`write_shards` of what `draw` makes of 0 to count - 1, in `workers` processes."""
+    if workers == 1:
+        return write_shards(out, name, map(draw, range(count)), samples_per_shard)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        return write_shards(
+            out, name, pool.imap(draw, range(count), chunksize=64), samples_per_shard
+        )
 
 
 def scene_files(scene: Scene, notes: Mapping[str, object] | None = None) -> dict[str, bytes]:
@@ -123,8 +157,8 @@ def scene_files(scene: Scene, notes: Mapping[str, object] | None = None) -> dict
     facts = {"digit": scene.digit, "direction": scene.direction, "film": scene.film_caption}
     return {
         "txt": scene.caption.encode(),
-        "png": _png(scene.image),
-        "wav": _wav(scene.audio),
+        "png": encode_png(scene.image),
+        "wav": encode_wav(scene.audio),
         "gif": encode_gif(scene.video),
         "json": json.dumps(facts | dict(notes or {}), sort_keys=True).encode(),
     }
@@ -133,7 +167,7 @@ def scene_files(scene: Scene, notes: Mapping[str, object] | None = None) -> dict
 def write_shards(
     out: Path,
     name: str,
-    samples: Iterable[tuple[str, Mapping[str, bytes]]],
+    samples: Iterable[RawSample],
     samples_per_shard: int,
 ) -> list[Path]:
     """Write (key, {extension: bytes}) samples as `{name}-{number:06d}.tar` files in `out`.
@@ -148,7 +182,7 @@ def write_shards(
         raise ValueError(f"samples_per_shard must be 1 or more, got {samples_per_shard}")
     out.mkdir(parents=True, exist_ok=True)
     shards: list[Path] = []
-    waiting: list[tuple[str, Mapping[str, bytes]]] = []
+    waiting: list[RawSample] = []
     for sample in samples:
         waiting.append(sample)
         if len(waiting) == samples_per_shard:
@@ -198,13 +232,15 @@ def encode_gif(video: Video) -> bytes:
     return stream.getvalue()
 
 
-def _png(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
+    """A picture as a PNG."""
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()
 
 
-def _wav(audio: Audio) -> bytes:
+def encode_wav(audio: Audio) -> bytes:
+    """A sound as a 16-bit WAV."""
     samples = torch.round(audio.samples.T * 32768).clamp(-32768, 32767).to(torch.int16)
     stream = io.BytesIO()
     with wave.open(stream, "wb") as file:
@@ -215,7 +251,7 @@ def _wav(audio: Audio) -> bytes:
     return stream.getvalue()
 
 
-def _write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> Path:
+def _write_tar(path: Path, samples: Iterable[RawSample]) -> Path:
     with replacing(path) as waiting, tarfile.open(waiting, "w", format=tarfile.USTAR_FORMAT) as tar:
         # The default TarInfo has time 0, mode 0644 and no owner: the same bytes everywhere.
         for key, files in samples:

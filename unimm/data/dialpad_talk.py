@@ -1,9 +1,9 @@
 """Conversations of the dial-pad world, made by rule: four turns that hang together.
 
-    show me seven     a picture of seven
-    say it            its tones
-    now nine          the same again for another digit: the tones of nine
-    move it left      a film of nine that moves left
+    show me seven     a picture of seven            say seven         its tones
+    say it            its tones                     show it           a picture of seven
+    now nine          the tones of nine             now nine          a picture of nine
+    move it left      a film of nine moving left    move it left      a film of nine moving left
 
 "it" is what was spoken of last, and "now" asks for what was asked last. Conversation `index` of
 world `seed` is fixed by those two numbers. As a raw sample it is one `document.json` that names the
@@ -13,50 +13,89 @@ sample's own members, for the template `["{document}"]`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
+from PIL import Image
 
-from unimm.data.dialpad import WORDS, Scene, make_scene, scene_files, write_shards
+from unimm.data.dialpad import (
+    DIRECTIONS,
+    WORDS,
+    RawSample,
+    draw_film,
+    draw_picture,
+    draw_sound,
+    encode_gif,
+    encode_png,
+    encode_wav,
+    random_streams,
+    write_drawn,
+)
+from unimm.signals import Audio, Video
 
 USER, ASSISTANT = "<user>", "<assistant>"
+Opening = Literal["image", "audio"]
+_SHOWN_FIRST = 2 / 3  # of all conversations
+_TALK = 4  # sets these streams apart from a scene's
 
 
 class Turns(NamedTuple):
-    """What is said in each turn, what it asks for, and two scenes that show it.
+    """What is said in each turn, what it asks for, and what an answer may look like.
 
     asked: words of the four turns. targets: their modalities. answers: a digit each, and for the
-    film (digit, direction).
+    film (digit, direction). shown: an item each.
     """
 
     asked: tuple[str, str, str, str]
-    targets: tuple[str, str, str, str]
+    targets: tuple[Opening, Opening, Opening, Literal["video"]]
     answers: tuple[int, int, int, tuple[int, str]]
-    first: Scene
-    second: Scene
+    shown: tuple[Image.Image | Audio, Image.Image | Audio, Image.Image | Audio, Video]
 
 
-def make_turns(seed: int, index: int) -> Turns:
-    """Conversation `index` of world `seed`; its two digits differ."""
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index, 4])))
-    digit, other = (int(n) for n in rng.choice(10, 2, replace=False))
-    first, second = make_scene(seed, 2 * index, digit), make_scene(seed, 2 * index + 1, other)
-    direction = second.direction
+def make_turns(seed: int, index: int, opening: Opening | None = None) -> Turns:
+    """Conversation `index` of world `seed`; its two digits differ.
+
+    Args:
+        seed: the world, a non-negative integer.
+        index: the conversation, a non-negative integer.
+        opening: what the first turn asks for; None: the world chooses.
+    """
+    choice, *streams = random_streams([seed, index, _TALK], 5)
+    digit, other = (int(n) for n in choice.choice(10, 2, replace=False))
+    direction = DIRECTIONS[int(choice.integers(4))]
+    drawn: Opening = "image" if choice.random() < _SHOWN_FIRST else "audio"
+    first = opening or drawn
+    second: Opening = "audio" if first == "image" else "image"
+    draw = {"image": draw_picture, "audio": draw_sound}
+    again = {"image": "show it", "audio": "say it"}
     return Turns(
-        (f"show me {WORDS[digit]}", "say it", f"now {WORDS[other]}", f"move it {direction}"),
-        ("image", "audio", "audio", "video"),
+        (
+            f"{'show me' if first == 'image' else 'say'} {WORDS[digit]}",
+            again[second],
+            f"now {WORDS[other]}",
+            f"move it {direction}",
+        ),
+        (first, second, second, "video"),
         (digit, digit, other, (other, direction)),
-        first,
-        second,
+        (
+            draw[first](digit, streams[0]),
+            draw[second](digit, streams[1]),
+            draw[second](other, streams[2]),
+            draw_film(other, direction, streams[3]),
+        ),
     )
 
 
 def write_conversations(
-    out: Path, count: int, seed: int, samples_per_shard: int = 1000
+    out: Path, count: int, seed: int, samples_per_shard: int = 1000, workers: int = 1
 ) -> list[Path]:
     """Write conversations 0 to count - 1 of world `seed` as raw shards `talk-000000.tar`, ...
+
+    Args:
+        out, samples_per_shard, workers: see `unimm.data.dialpad.write_raw_shards`.
+        count: number of conversations.
+        seed: the world.
 
     Returns:
         The shards, in order.
@@ -64,22 +103,23 @@ def write_conversations(
     Raises:
         ValueError: `count` or `samples_per_shard` is below 1.
     """
-    return write_shards(out, "talk", _samples(count, seed), samples_per_shard)
+    return write_drawn(out, "talk", partial(_sample, seed), count, samples_per_shard, workers)
 
 
-def _samples(count: int, seed: int) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for index in range(count):
-        turns = make_turns(seed, index)
-        first, second = scene_files(turns.first), scene_files(turns.second)
-        members = {
-            "a.png": first["png"],
-            "a.wav": first["wav"],
-            "b.wav": second["wav"],
-            "b.gif": second["gif"],
-        }
-        document = [
-            part
-            for words, member in zip(turns.asked, members, strict=True)
-            for part in (USER, words, ASSISTANT, member)
-        ]
-        yield f"{index:08d}", {**members, "document.json": json.dumps(document).encode()}
+def _sample(seed: int, index: int) -> RawSample:
+    turns = make_turns(seed, index)
+    files: dict[str, bytes] = {}
+    document: list[str] = []
+    for number, (words, item) in enumerate(zip(turns.asked, turns.shown, strict=True), start=1):
+        extension, content = _encoded(item)
+        member = f"{number}.{extension}"
+        files[member] = content
+        document += [USER, words, ASSISTANT, member]
+    return f"{index:08d}", {**files, "document.json": json.dumps(document).encode()}
+
+
+def _encoded(item: Image.Image | Audio | Video) -> tuple[str, bytes]:
+    """Extension and bytes of an item's file."""
+    if isinstance(item, Audio):
+        return "wav", encode_wav(item)
+    return ("gif", encode_gif(item)) if isinstance(item, Video) else ("png", encode_png(item))

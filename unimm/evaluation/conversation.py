@@ -16,7 +16,7 @@ from unimm.evaluation.accuracy import Answer, Judge
 from unimm.evaluation.report import write_results
 from unimm.evaluation.statistics import Share
 from unimm.evaluation.worlds import PROMPT_SEED, judges
-from unimm.generation import Chat
+from unimm.generation import Chat, say_together
 from unimm.model import UnifiedLM
 from unimm.signals import Document
 from unimm.tokenizer import UnifiedTokenizer, modality_of
@@ -54,8 +54,8 @@ def converse(
     lm, tok = UnifiedLM.from_pretrained(model), UnifiedTokenizer.from_pretrained(model)
     shipped = find_bundle(model) / JUDGES_FOLDER
     judged = judges("dialpad", None, shipped if shipped.is_dir() else Path(out, JUDGES_FOLDER))
-    talks = [make_turns(PROMPT_SEED, index) for index in range(runs)]
-    answers = [talk(lm, tok, turns, seed + 4 * number) for number, turns in enumerate(talks)]
+    talks = [make_turns(PROMPT_SEED, index, "image") for index in range(runs)]
+    answers = talk(lm, tok, talks, seed)
     found = judge_conversations(talks, answers, judged.judges)
     write_results(
         Path(out, "results.json"),
@@ -68,10 +68,13 @@ def converse(
     return found
 
 
-def talk(lm: UnifiedLM, tok: UnifiedTokenizer, turns: Turns, seed: int) -> list[Document]:
-    """The model's answers to the four turns; it chooses itself what to answer with."""
-    chat = Chat(lm, tok, seed=seed)
-    return [chat.say([words]) for words in turns.asked]
+def talk(
+    lm: UnifiedLM, tok: UnifiedTokenizer, talks: Sequence[Turns], seed: int
+) -> list[list[Document]]:
+    """The model's answers to the turns of each conversation; it chooses what to answer with."""
+    chats = [Chat(lm, tok, seed=seed + 4 * number) for number in range(len(talks))]
+    turns = [say_together(chats, [[turns.asked[number]] for turns in talks]) for number in range(4)]
+    return [list(answers) for answers in zip(*turns, strict=True)]
 
 
 def judge_conversations(

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ import yaml
 from rich.console import Console
 
 from unimm.checkpoint import GENERATION_FILE, find_bundle, reopen, seal, write_json, write_text
-from unimm.data.templates import load_templates
+from unimm.data.templates import Template, load_templates
 from unimm.data.tokenize import TokenizeConfig
 from unimm.data.tokenize_many import tokenize_shards
 from unimm.data.worlds import Split, assemble_tokenizer, make_shards
@@ -100,6 +100,8 @@ def run(name_or_path: str, out: Path, data: Path | None) -> int:
     with clock.step("raw shards", console):
         _make(recipe, data, train, "train")
         _make(recipe, data, val, "val")
+        if recipe.conversations:
+            _make_conversations(recipe, out / "raw/talk")
     with clock.step("codecs", console):
         _train_codecs(recipe, out, console)
     with clock.step("tokens", console):
@@ -107,8 +109,12 @@ def run(name_or_path: str, out: Path, data: Path | None) -> int:
         tokenizer = out / "tokenizer"
         if not (tokenizer / "index.json").exists():
             assemble_tokenizer(folders, train, tokenizer, audio_layout=recipe.audio_layout)
+        templates = load_templates(recipe.file(recipe.templates))
         for split in (train, val):
-            _tokenize(recipe, tokenizer, split, out / "tokens" / split.name)
+            _tokenize(recipe, tokenizer, templates, split, out / "tokens" / split.name)
+        if recipe.conversations:
+            talk = [Template(["{document}"])]
+            _tokenize(recipe, tokenizer, talk, out / "raw/talk", out / "tokens/train")
     with clock.step("language model", console):
         launch(
             [
@@ -156,6 +162,14 @@ def _make(recipe: Recipe, data: Path | None, out: Path, split: Split) -> None:
         seed=0 if training else VAL_SEED,
     )
     write_text(done, "")
+
+
+def _make_conversations(recipe: Recipe, out: Path) -> None:
+    """Write the raw shards of conversations, once."""
+    done = out / ".complete"
+    if not done.exists():
+        make_shards("dialpad-talk", out, world="dialpad-talk", count=recipe.conversations)
+        write_text(done, "")
 
 
 def _train_codecs(recipe: Recipe, out: Path, console: Console) -> None:
@@ -217,12 +231,14 @@ def _exported(out: Path, name: str) -> bool:
     return (out / "codecs" / name / "config.json").exists()
 
 
-def _tokenize(recipe: Recipe, tokenizer: Path, raw: Path, out: Path) -> None:
+def _tokenize(
+    recipe: Recipe, tokenizer: Path, templates: Sequence[Template], raw: Path, out: Path
+) -> None:
     summary = tokenize_shards(
         raw,
         out,
         tokenizer,
-        load_templates(recipe.file(recipe.templates)),
+        templates,
         TokenizeConfig(documents_per_sample=recipe.documents_per_sample),
     )
     if summary.failed:

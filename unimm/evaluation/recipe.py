@@ -27,7 +27,8 @@ _SHELVES = (_HERE / "recipes", _HERE.parent / "recipes")
 class Recipe:
     """What `recipe.yaml` holds; file names are relative to its folder.
 
-    world: where raw samples come from. train, val: how many. codecs: modality -> training recipe.
+    world: where raw samples come from. train, val: how many. conversations: how many documents of
+    several turns there are besides to train on (dialpad). codecs: modality -> training recipe.
     templates: document templates. documents_per_sample: drawn of them for each sample. model:
     training recipe of the language model. generation: modality -> sampling defaults of the bundle.
     directions: what is judged, each with its goal. samples: prompts per direction. title, data,
@@ -55,6 +56,7 @@ class Recipe:
     data: str = ""
     licence: str = "apache-2.0"
     ship_judges: bool = False
+    conversations: int = 0
 
     def __post_init__(self) -> None:
         where = self.folder / RECIPE_FILE
@@ -64,6 +66,12 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{where}: {name} must be a whole number above 0, got {value!r}")
+        if not isinstance(self.conversations, int) or self.conversations < 0:
+            raise ValueError(
+                f"{where}: conversations must be a whole number, got {self.conversations!r}"
+            )
+        if self.conversations and self.world != "dialpad":
+            raise ValueError(f"{where}: conversations: only the world dialpad has any")
         for name in ("codecs", "generation"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{where}: {name} must map modalities, such as image: ...")

@@ -1,7 +1,7 @@
 """Generation: whatever the model writes is derived by the grammar, and so decodes."""
 
 from unimm.generation.api import extend, generate, generate_batch, infill
-from unimm.generation.chat import Chat
+from unimm.generation.chat import Chat, say_together
 from unimm.generation.sampling import Sampling
 from unimm.generation.scoring import Classification, Score, classify, score
 from unimm.generation.streaming import Piece, join, stream
@@ -18,6 +18,7 @@ __all__ = [
     "generate_batch",
     "infill",
     "join",
+    "say_together",
     "score",
     "stream",
 ]

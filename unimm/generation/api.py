@@ -1,3 +1,8 @@
+# pyright: strict
+# torch's own types are partly unknown, and what users give is checked whatever its annotation says.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnnecessaryIsInstance=false
+
 """What people call: `generate`, `generate_batch`, `infill`, `extend`."""
 
 from __future__ import annotations
@@ -114,6 +119,12 @@ def generate_batch(
         seeds: B seeds; None: 0, 1, 2, ... What a row draws does not depend on the others.
         unconditional: B documents, or None.
         sampling: options of `Sampling`, for all rows; a value, or modality -> value.
+
+    Returns:
+        B documents, each the continuation only.
+
+    Raises:
+        ValueError: as for `generate`, or a list has not B members.
     """
     count = len(prompts)
     seeds = list(range(count)) if seeds is None else list(seeds)

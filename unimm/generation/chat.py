@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimm.generation.api import parsed, seeds_of
+from unimm.generation.api import parsed, seeds_of, write
 from unimm.generation.engine import Job, Step, require_pair, run
 from unimm.generation.requests import TURN, Size, code_sizes, cut, request_of, settings_of, wish
 from unimm.generation.streaming import Piece, pieces
 from unimm.model import UnifiedLM
-from unimm.signals import Item
+from unimm.signals import Document, Item
 from unimm.tokenizer import UnifiedTokenizer
+
+_ROLES = ("user", "assistant")
 
 
 class Chat:
@@ -28,6 +30,7 @@ class Chat:
 
     Attributes:
         ids: int64 (T,), the whole conversation as the model sees it.
+        seed: of the next answer.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class Chat:
     ) -> None:
         require_pair(lm, tok.vocabulary)
         self.lm, self.tok, self.sampling = lm, tok, sampling
-        (self._seed,) = seeds_of(seed, 1)
+        (self.seed,) = seeds_of(seed, 1)
         self.ids = torch.tensor([tok.grammar.bos])
 
     @property
@@ -61,12 +64,10 @@ class Chat:
         Raises:
             ValueError: as for `generate`; the conversation is then as it was.
         """
-        asked, job = self._job(message, modality, size, max_new_tokens)
-        steps = list(run(self.lm, self.tok.grammar, job))
-        written = [int(step.ids[0]) for step in steps]
-        self._keep(asked, written)
-        items = self.tok.decode_segments(parsed(self.tok, self._answer(written)))
-        return [cut(item, size) for item in items]
+        (answer,) = say_together(
+            [self], [message], modality, size=size, max_new_tokens=max_new_tokens
+        )
+        return answer
 
     def stream(
         self,
@@ -76,57 +77,106 @@ class Chat:
         size: Size | None = None,
         max_new_tokens: int | None = None,
     ) -> Iterator[Piece]:
-        """Like `say`, in pieces; the conversation has grown when the last one has come."""
-        asked, job = self._job(message, modality, size, max_new_tokens)
+        """`say` in pieces; the conversation has grown when the last one has come.
+
+        Args:
+            message, modality, size, max_new_tokens: see `say`.
+        """
+        (asked,), job = _job([self], [message], modality, size, max_new_tokens)
+        stops = _stops(self.tok)
         written: list[int] = []
 
         def answered() -> Iterator[Step]:
             for step in run(self.lm, self.tok.grammar, job):
                 written.append(int(step.ids[0]))
-                if written[-1] not in self._stops:
+                if written[-1] not in stops:
                     yield step
 
         yield from pieces(self.tok, answered(), size)
-        self._keep(asked, written)
+        self.keep(asked, written)
 
-    @property
-    def _stops(self) -> list[int]:
-        return [self.tok.vocabulary.marker(name) for name in TURN]
+    def keep(self, asked: Tensor, written: Sequence[int]) -> list[int]:
+        """Go on behind an answer.
 
-    def _job(
-        self,
-        message: Sequence[Item],
-        modality: str | None,
-        size: Size | None,
-        max_new_tokens: int | None,
-    ) -> tuple[Tensor, Job]:
-        tok, device = self.tok, self.lm.device
-        mark = tok.vocabulary.marker
-        asked = torch.cat(
-            [
-                self.ids,
-                torch.tensor([mark("<user>")]),
-                tok.encode(message, complete=False)[1:],
-                torch.tensor([mark("<assistant>")]),
-            ]
-        )
-        sizes = code_sizes(tok, modality, size)
-        entry = wish(tok, len(asked), modality, sizes, max_new_tokens, TURN)
-        settings = settings_of(tok, self.sampling, device, conditioned=True)
-        # Guided away from an answer to nothing: the turn alone.
-        bare = torch.tensor([tok.grammar.bos, mark("<assistant>")])
-        return asked, Job(
-            prompts=[asked],
-            request=request_of(tok.grammar, [entry], device, TURN),
-            settings=settings,
-            seeds=[self._seed],
-            unconditional=[bare] if settings.guided else None,
-        )
+        Args:
+            asked: int64 (T,), the conversation up to the answer.
+            written: the answer's ids, with the marker that ended it or without.
 
-    def _keep(self, asked: Tensor, written: Sequence[int]) -> None:
-        self._seed += 1
-        self.ids = torch.cat([asked, torch.tensor(self._answer(written), dtype=torch.int64)])
+        Returns:
+            The answer's ids without that marker.
+        """
+        stops = _stops(self.tok)
+        answer = [token for token in written if token not in stops]
+        self.seed += 1
+        self.ids = torch.cat([asked, torch.tensor(answer, dtype=torch.int64)])
+        return answer
 
-    def _answer(self, written: Sequence[int]) -> list[int]:
-        """The ids of an answer without the marker that ended it."""
-        return [token for token in written if token not in self._stops]
+
+def say_together(
+    chats: Sequence[Chat],
+    messages: Sequence[Sequence[Item]],
+    modality: str | None = None,
+    *,
+    size: Size | None = None,
+    max_new_tokens: int | None = None,
+) -> list[Document]:
+    """Say something in each of several conversations; the answers are written in one batch.
+
+    Each is what `Chat.say` would have given alone.
+
+    Args:
+        chats: conversations with one and the same model, sampled alike.
+        messages: a document for each.
+        modality, size, max_new_tokens: see `Chat.say`; for all.
+
+    Raises:
+        ValueError: the conversations are none, or not alike, or there is another number of
+            messages; and as for `Chat.say`.
+    """
+    if len(messages) != len(chats):
+        raise ValueError(f"{len(chats)} conversations need as many messages, got {len(messages)}")
+    if not chats:
+        return []
+    first = chats[0]
+    for chat in chats:
+        if (chat.lm, chat.tok, chat.sampling) != (first.lm, first.tok, first.sampling):
+            raise ValueError("conversations that go on together need one model and one sampling")
+    asked, job = _job(chats, messages, modality, size, max_new_tokens)
+    written = write(first.lm, first.tok, job)
+    answers = [chat.keep(own, ids) for chat, own, ids in zip(chats, asked, written, strict=True)]
+    return [
+        [cut(item, size) for item in first.tok.decode_segments(parsed(first.tok, answer))]
+        for answer in answers
+    ]
+
+
+def _stops(tok: UnifiedTokenizer) -> list[int]:
+    return [tok.vocabulary.marker(name) for name in TURN]
+
+
+def _job(
+    chats: Sequence[Chat],
+    messages: Sequence[Sequence[Item]],
+    modality: str | None,
+    size: Size | None,
+    max_new_tokens: int | None,
+) -> tuple[list[Tensor], Job]:
+    """Each conversation up to the answer, and the engine's job of writing them all."""
+    tok, device = chats[0].tok, chats[0].lm.device
+    user, assistant = (torch.tensor([tok.vocabulary.marker(f"<{role}>")]) for role in _ROLES)
+    asked = [
+        torch.cat([chat.ids, user, tok.encode(message, complete=False)[1:], assistant])
+        for chat, message in zip(chats, messages, strict=True)
+    ]
+    sizes = code_sizes(tok, modality, size)
+    wishes = [wish(tok, len(own), modality, sizes, max_new_tokens, TURN) for own in asked]
+    settings = settings_of(tok, chats[0].sampling, device, conditioned=True)
+    # Guided away from the item by itself, which is what training's dropped conditions leave.
+    bare = torch.tensor([tok.grammar.bos])
+    return asked, Job(
+        prompts=asked,
+        request=request_of(tok.grammar, wishes, device, TURN),
+        settings=settings,
+        seeds=[chat.seed for chat in chats],
+        unconditional=[bare] * len(chats) if settings.guided else None,
+    )

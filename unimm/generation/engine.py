@@ -138,7 +138,7 @@ class Reader:
         return self._last
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: layers then share what they make of positions
 def run(lm: UnifiedLM, grammar: Grammar, job: Job) -> Iterator[Step]:
     """Decode every row until it is finished or its budget is used up.
 

@@ -1,3 +1,8 @@
+# pyright: strict
+# torch's own types are partly unknown, and what users give is checked whatever its annotation says.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnnecessaryIsInstance=false
+
 """How likely a model finds a document, and which of several answers it finds the likeliest."""
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ class Classification(NamedTuple):
     must be. log_likelihoods: float (C,), in nats, as they were compared.
     """
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]  (a tuple's own, not used)
     probabilities: Tensor
     log_likelihoods: Tensor
 

@@ -1,3 +1,8 @@
+# pyright: strict
+# torch's own types are partly unknown, and what users give is checked whatever its annotation says.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnnecessaryIsInstance=false
+
 """Answers while they are written: words, rows of pictures, chunks of sound, frames of film.
 
 Sound and film go through the codec's streaming decoder, whose chunks joined are the whole. A
@@ -30,7 +35,7 @@ class Piece(NamedTuple):
     kind: "text", a codec modality, "user" or "assistant". item: its item's number, from 0.
     content: text, samples or frames that are new; of a picture all that there is so far; None
         where the codes tell nothing yet. codes: int64 (n,), local codes that are new, in the order
-        of writing. final: the item is whole.
+        of writing. sizes: its grid (t, h, w) in codes. final: the item is whole.
     """
 
     kind: str
@@ -55,7 +60,15 @@ def stream(
 ) -> Iterator[Piece]:
     """Continue a document, giving out what is there as soon as it is.
 
-    Arguments as in `generate`; `join` of the pieces is what `generate` returns.
+    Args:
+        lm, tok, prompt, modality, size, max_new_tokens, seed, unconditional: see `generate`.
+        sampling: options of `Sampling`; a value, or modality -> value.
+
+    Yields:
+        What is new, in the order of writing; `join` of it is what `generate` returns.
+
+    Raises:
+        ValueError: as for `generate`.
     """
     bare = None if unconditional is None else [unconditional]
     seeds = seeds_of(seed, 1)
@@ -221,11 +234,13 @@ class _Stream(_Open):
             self.state: Any = self.codec.init_state(1)
         self.given = 0  # frames of codes that have been decoded
 
-    def chunk(self, codes: Tensor) -> Tensor:
-        """Decode the next frames, (K, n, ...) -> (C, signal)."""
+    def chunk(self, codes: Tensor, **options: bool) -> Tensor:
+        """Decode the next frames, (K, n, ...) -> (C, signal); options are the codec's own."""
         device = next(self.codec.parameters()).device
         with torch.no_grad():
-            signal, self.state = self.codec.decode_chunk(codes[None].to(device), self.state)
+            signal, self.state = self.codec.decode_chunk(
+                codes[None].to(device), self.state, **options
+            )
         self.given += codes.shape[1]
         return signal[0].float().cpu()
 
@@ -249,15 +264,18 @@ class _Sound(_Stream):
         if self.streams and rest == 0 and frames - self.given >= due:
             yield self._piece(self.sound(frames))
 
-    def sound(self, frames: int) -> Audio | None:
-        """What the frames up to the given number add; None where nothing of it was asked for."""
+    def sound(self, frames: int, *, last: bool = False) -> Audio | None:
+        """What the frames up to the given number add; None where nothing of it was asked for.
+
+        The `last` frames bring what a codec with a delay has held back.
+        """
         if self.rule.order == "level":
             missing = self.rule.count(self.sizes) - len(self.ids)
             ids = torch.tensor(self.ids + [0] * missing)
             codes = self.rule.unflatten(ids, self.sizes)[:, self.given : frames]
         else:
             codes = self.codes()[:, self.given : frames]
-        signal = self.chunk(codes)
+        signal = self.chunk(codes, last=last)
         if self.size is not None and not isinstance(self.size, tuple):
             assert self.codec.sample_rate is not None
             left = sample_count(self.size, self.codec.sample_rate) - self.samples
@@ -271,7 +289,7 @@ class _Sound(_Stream):
         if not self.streams:
             return super().whole()
         frames = len(self.ids) // self.rule.num_levels
-        return self.sound(frames) if frames > self.given else None
+        return self.sound(frames, last=True) if frames else None
 
 
 class _Film(_Stream):

@@ -1,3 +1,5 @@
+# pyright: strict
+
 """Shape of a decoder."""
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ class ModelConfig:
     """Shape of a decoder.
 
     vocab_size: rows of embedding and head; `Vocabulary.padded_size`. Training fills it in.
+    d_model: width of the residual stream. num_layers: blocks. num_heads: query heads.
     num_kv_heads: key and value heads, a divisor of `num_heads`; None: as many (no grouping).
     d_head: width of a head; None: d_model over `num_heads` (Qwen 3 has wider ones).
     d_ff: width of the gated feed-forward; None: 8/3 d_model in whole multiples of 64.
@@ -71,6 +74,8 @@ class ModelConfig:
         weights and biases of each head (Chameleon); None (Llama).
     qkv_bias: queries, keys and values have biases (Qwen 2, arXiv 2407.10671, section 2.2).
     dropout: share of each residual branch's output that training drops (Chameleon-7B: 0.1).
+    norm_eps: added to the mean square under every norm's root.
+    tied_embeddings: the head's rows are the embedding's.
     norm_order: "pre" norms what goes into a branch; "swin" what comes out of it, which bounds its
         growth where QK-norm and dropout do not suffice (Chameleon-34B, arXiv 2405.09818, 2.3).
     logit_cap: bound c of the logits, c tanh(logits / c) (Gemma 2, arXiv 2408.00118: 30).

@@ -1,3 +1,8 @@
+# pyright: strict
+# torch's own types are partly unknown, and what users give is checked whatever its annotation says.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnnecessaryIsInstance=false
+
 """The decoder: ids in, logits over the one vocabulary out."""
 
 from __future__ import annotations
@@ -132,7 +137,10 @@ class UnifiedLM(HubMixin, nn.Module):
         return self.norm(x)
 
     def step(self, ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """`hidden` of the next few ids behind a cache; of one id in compiled form, if there is."""
+        """`hidden` of the next few ids (B, t) at their positions (3, B, t) behind a cache.
+
+        One id goes through the compiled form, if there is one.
+        """
         if self._compiled is not None and ids.shape[1] == 1:
             return self._compiled(ids, positions, None, cache)
         return self.hidden(ids, positions, cache=cache)
@@ -174,7 +182,7 @@ class UnifiedLM(HubMixin, nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write `lm/config.json` and `lm/model.safetensors` into a bundle folder.
 
-        Above 5 GB the weights stand in shards, as on the Hub.
+        Above 5 GB the weights stand in shards, as on the Hub; `dtype` casts them.
         An `index.json` that stands there is void and removed: seal the bundle anew.
         """
         config = dataclasses.asdict(self.config)

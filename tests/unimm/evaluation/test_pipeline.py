@@ -97,7 +97,7 @@ LM = {
         "init_args": {
             "tokenizer": "given",
             "shards": "given",
-            "row_length": 128,
+            "row_length": 192,  # what a conversation takes
             "batch_size": 4,
         },
     },
@@ -116,6 +116,7 @@ RECIPE = {
     "world": "dialpad",
     "train": 24,
     "val": 8,
+    "conversations": 4,
     "codecs": {"image": "image.yaml", "audio": "audio.yaml"},
     "templates": "templates.yaml",
     "documents_per_sample": 4,
@@ -219,6 +220,8 @@ def test_shards_of_both_splits_are_tokenized(done: Path) -> None:
         manifest = Manifest.read(done / "tokens" / split / "dialpad-000000.tar")
         assert manifest.samples == 4 * scenes
         assert manifest.tokens.keys() == {"text", "image", "audio", "video"}
+    talk = Manifest.read(done / "tokens/train/talk-000000.tar")
+    assert talk.samples == RECIPE["conversations"]
     raw = [(done / "raw" / split / "dialpad-000000.tar").read_bytes() for split in ("train", "val")]
     assert raw[0] != raw[1]
 

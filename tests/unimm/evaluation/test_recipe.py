@@ -71,6 +71,11 @@ WRONG = [
         "generation of image: unknown key 'guidence' (did you mean 'guidance'?)",
     ),
     ({"generation": {"image": {"top_p": 2}}}, "recipe.yaml: generation of image: top_p must lie"),
+    ({"conversations": -1}, "conversations must be a whole number, got -1"),
+    (
+        {"conversations": 4, "world": "digits"},
+        "conversations: only the world dialpad has any",
+    ),
     ({"generation": {"image": 3}}, "generation of image: expected keys and values, got 3"),
 ]
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from unimm import Audio, Turn, UnifiedLM, UnifiedTokenizer
-from unimm.generation import Chat, join
+from unimm.generation import Chat, join, say_together
+from unimm.signals import Item
 from unimm.tokenizer import modality_of
 
 HOT: dict[str, Any] = {"temperature": 5.0, "seed": 3}
@@ -55,6 +56,31 @@ def test_streamed_answers_are_the_said_ones(tok: UnifiedTokenizer, tiny_lm: Unif
         pieces = join(streamed.stream(message, max_new_tokens=24))
         assert torch.equal(said.ids, streamed.ids)
         assert list(map(modality_of, pieces)) == list(map(modality_of, answer))
+
+
+def test_several_conversations_go_on_together(tok: UnifiedTokenizer, tiny_lm: UnifiedLM) -> None:
+    """Histories of their own lengths; each answer is the one that it would have been alone."""
+    messages: list[list[list[Item]]] = [[["up"], ["seven", SOUND]], [[SOUND], ["up"]], [[], [""]]]
+    alone = [Chat(tiny_lm, tok, temperature=5.0, seed=seed) for seed in (3, 9, 20)]
+    together = [Chat(tiny_lm, tok, temperature=5.0, seed=seed) for seed in (3, 9, 20)]
+    for turn in range(2):
+        said = [own[turn] for own in messages]
+        answers = say_together(together, said, max_new_tokens=24)
+        for chat, message, other, answer in zip(alone, said, together, answers, strict=True):
+            own = chat.say(message, max_new_tokens=24)
+            assert list(map(modality_of, own)) == list(map(modality_of, answer))
+            assert torch.equal(chat.ids, other.ids)
+
+
+def test_conversations_that_can_not_go_on_together(
+    frame_tok: UnifiedTokenizer, tiny_lm: UnifiedLM
+) -> None:
+    chats = [Chat(tiny_lm, frame_tok, temperature=heat, seed=0) for heat in (1.0, 2.0)]
+    with pytest.raises(ValueError, match="2 conversations need as many messages, got 1"):
+        say_together(chats, [["up"]])
+    with pytest.raises(ValueError, match="need one model and one sampling"):
+        say_together(chats, [["up"], ["up"]])
+    assert say_together([], []) == []
 
 
 def test_seeds_and_history_decide(tok: UnifiedTokenizer, tiny_lm: UnifiedLM) -> None:
