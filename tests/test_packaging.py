@@ -86,6 +86,14 @@ def test_wheel_holds_every_source_file(wheel: list[zipfile.ZipInfo]) -> None:
     assert "unimm/py.typed" in names
 
 
+def test_wheel_holds_what_was_measured_of_kernels(wheel: list[zipfile.ZipInfo]) -> None:
+    """Without the table every device would take the defaults, and nobody would notice."""
+    sizes = {member.filename: member.file_size for member in wheel}
+    tables = {path.name: path.stat().st_size for path in (ROOT / "kernels").rglob("*.json")}
+    assert "tuning.json" in tables
+    assert {name: sizes[f"unimm_kernels/{name}"] for name in tables} == tables
+
+
 def test_wheel_holds_recipes_and_bundles(wheel: list[zipfile.ZipInfo]) -> None:
     sizes = {member.filename: member.file_size for member in wheel}
     shipped = {

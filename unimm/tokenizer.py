@@ -1,3 +1,8 @@
+# pyright: strict
+# torch's own types are partly unknown, and what users give is checked whatever its annotation says.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnnecessaryIsInstance=false
+
 """Documents <-> ids: text model, codecs, vocabulary and grammar in one object."""
 
 from __future__ import annotations
@@ -85,6 +90,9 @@ class UnifiedTokenizer(HubMixin):
         audio_layout: "frame" or "level"; see `unimm.sequence`.
         grids: modality -> code grid that never varies; see `Vocabulary`. Pictures are cut to fit.
         defaults: modality -> sampling defaults, as `generation.json` holds them.
+
+    Raises:
+        ValueError: two codecs serve one modality.
     """
 
     def __init__(
@@ -120,7 +128,8 @@ class UnifiedTokenizer(HubMixin):
     def _repr_html_(self) -> str:
         kinds = (f"{modality}: {codec!r}" for modality, codec in self.codecs.items())
         facts = [("text", self.text), *(("codec", kind) for kind in kinds)]
-        return html.card("UnifiedTokenizer", facts, self.vocabulary._repr_html_())
+        vocabulary = self.vocabulary._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        return html.card("UnifiedTokenizer", facts, vocabulary)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the codecs."""
@@ -234,7 +243,7 @@ class UnifiedTokenizer(HubMixin):
     # Bundles
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write vocabulary, text model, codecs and sampling defaults into a bundle folder.
+        """Write vocabulary, text model, codecs (cast to `dtype`) and defaults into a folder.
 
         An `index.json` that stands there is void and removed: seal the bundle anew.
         """
@@ -361,7 +370,8 @@ def audio_signal(audio: Audio, codec: Codec) -> Tensor:
     if audio.sample_rate != rate:
         _log.warning("sound at %d Hz is resampled to the codec's %d Hz", audio.sample_rate, rate)
         if samples.numel():  # of nothing, torchaudio can't tell the shape
-            import torchaudio  # late: most sounds have the codec's rate
+            # Late: most sounds have the codec's rate.
+            import torchaudio  # pyright: ignore[reportMissingTypeStubs]
 
             samples = torchaudio.functional.resample(samples, audio.sample_rate, rate)
     if samples.shape[0] != codec.num_channels:

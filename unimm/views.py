@@ -1,3 +1,8 @@
+# pyright: strict
+# torch's own types are partly unknown, and what users give is checked whatever its annotation says.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnnecessaryIsInstance=false
+
 """`unimm.show`: documents, tokens, codes and reconstructions as a notebook shows them.
 
     unimm.show(document)             every item of it
@@ -21,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimm.display import html, media
+from unimm.display.regions import region_figure
 from unimm.sequence import TURNS, Span
 from unimm.signals import Audio, Item, Semantic, Turn, Video
 from unimm.tokenizer import (
@@ -33,6 +39,7 @@ from unimm.tokenizer import (
 )
 from unimm_tokenizers.codec import Codec
 from unimm_tokenizers.quantize import code_usage
+from unimm_tokenizers.semantic import SemanticCodec
 
 MAX_PIECES = 400  # text pieces that a view spells out one by one
 MAX_GRIDS = 32  # pictures of code grids in a view
@@ -90,7 +97,8 @@ class TokensView(View):
         )
 
     def _repr_html_(self) -> str:
-        parts, done, grids = [], 0, 0
+        parts: list[str] = []
+        done, grids = 0, 0
         for span in self._spans():
             parts += self._outside(done, span.start)
             done = span.stop
@@ -161,7 +169,8 @@ class CodesView(View):
     def _repr_html_(self) -> str:
         size = self.codec.codebook_size
         grids = (grids_html(codes, size) for codes in self.codes[:MAX_GRIDS].cpu())
-        facts = [("shape", tuple(self.codes.shape)), *enumerate(self._use())]
+        levels = [(f"level {level}", used) for level, used in enumerate(self._use())]
+        facts: list[tuple[str, object]] = [("shape", tuple(self.codes.shape)), *levels]
         return html.card(f"codes of {self.codec.name}", facts, html.row(grids))
 
 
@@ -170,12 +179,14 @@ class Reconstruction(View):
     """An item and what a codec makes of it.
 
     figures: PSNR or SNR in dB (of the signal in [-1, 1], whose peak is 2), and the bits spent.
+    regions: HTML of a semantic picture's regions and the code of each.
     """
 
     original: Item
     made: Item
     error: Item
     figures: dict[str, str]
+    regions: str = ""
 
     def lines(self) -> list[str]:
         """The figures."""
@@ -187,6 +198,7 @@ class Reconstruction(View):
         parts = [
             html.figure(item_html(item), name) for name, item in zip(names, items, strict=True)
         ]
+        parts += [self.regions] if self.regions else []
         return html.card("reconstruction", self.figures.items(), html.row(parts))
 
 
@@ -220,7 +232,8 @@ def reconstruct(item: Item, codec: Codec) -> Reconstruction:
     made = codec.decode(codes, tuple(signal.shape[1:])).float().cpu()[0].clamp(-1, 1)
     error = made - signal
     power, noise = float(signal.square().mean()), float(error.square().mean())
-    bits = codes.numel() * math.log2(codec.codebook_size)
+    written = int((codes >= 0).sum())  # semantic codes are padded
+    bits = written * math.log2(codec.codebook_size)
     if kind == "audio":
         figures = {"SNR": _decibels(power, noise)}
         figures["bit rate"] = (
@@ -231,9 +244,18 @@ def reconstruct(item: Item, codec: Codec) -> Reconstruction:
         figures = {"PSNR": _decibels(4.0, noise)}
         figures["bits per pixel"] = f"{bits / signal[0].numel():.3f}"
         difference = error.abs() - 1  # black where nothing differs
-    figures["codes"] = f"{codes.numel():,}"
+    figures["codes"] = f"{written:,}"
     shown = [signal_item(kind, part, codec) for part in (signal, made, difference)]
-    return Reconstruction(shown[0], shown[1], shown[2], figures)
+    regions = _regions(shown[0], signal, codec, codes) if kind == "semantic" else ""
+    return Reconstruction(shown[0], shown[1], shown[2], figures, regions)
+
+
+def _regions(item: Item, signal: Tensor, codec: Codec, codes: Tensor) -> str:
+    """HTML of a semantic picture's regions, of a codec that can tell them."""
+    if not (isinstance(codec, SemanticCodec) and isinstance(item, Semantic)):
+        return ""
+    found = codec.explain(signal[None].to(codes.device))[0].cpu().numpy()
+    return region_figure(item.image, found, codes[codes >= 0].tolist())
 
 
 def show(value: object, of: UnifiedTokenizer | Codec | None = None) -> View:
@@ -280,7 +302,7 @@ def item_html(item: Item) -> str:
     if isinstance(item, Image.Image):
         return media.picture(item)
     if isinstance(item, Audio | Video | Semantic):
-        return item._repr_html_()
+        return item._repr_html_()  # pyright: ignore[reportPrivateUsage]  (notebooks' own name)
     return html.swatch(f"<{kind}>", html.COLOURS["special"])
 
 

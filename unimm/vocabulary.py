@@ -1,3 +1,8 @@
+# pyright: strict
+# torch's own types are partly unknown, and what users give is checked whatever its annotation says.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnnecessaryIsInstance=false
+
 """The one vocabulary: named blocks of contiguous ids, as plain data.
 
 Blocks stand in this order: `special` (markers), `digit` (256 tokens that write sizes), `text`,
@@ -278,6 +283,10 @@ class Vocabulary:
 
     def require(self, fingerprint: str, owner: str) -> None:
         """Refuse what was made with another vocabulary.
+
+        Args:
+            fingerprint: that it carries.
+            owner: what it is, for the message.
 
         Raises:
             ValueError: `fingerprint` is not this vocabulary's; the message names both.

@@ -1,3 +1,8 @@
+# pyright: strict
+# torch's own types are partly unknown, and what users give is checked whatever its annotation says.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnnecessaryIsInstance=false
+
 """Bundles: folders of safetensors and JSON that hold a tokenizer, a language model, or both.
 
     vocabulary.json  text.model | tokenizer.json  codecs/<modality>/{config.json, model.safetensors}
@@ -14,8 +19,8 @@ import difflib
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from unimm.checkpoint.card import Card, Score
-from unimm.checkpoint.hub import HubMixin, cached, fits, upload
+from unimm.checkpoint.card import Card, Score, scores_of
+from unimm.checkpoint.pushing import HubMixin, fits
 from unimm.checkpoint.weights import adopt, load_weights, save_weights
 from unimm_tokenizers.codec import config_from_dict
 from unimm_tokenizers.storage import (
@@ -46,6 +51,7 @@ __all__ = [
     "reopen",
     "replacing",
     "save_weights",
+    "scores_of",
     "seal",
     "sha256",
     "shipped_bundles",
@@ -91,6 +97,8 @@ def find_bundle(name_or_path: str | Path, revision: str | None = None) -> Path:
     looked = f"no folder {name!r} and no shipped bundle of that name ({_listed(shipped_bundles())})"
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
         raise ValueError(f"{looked}; give a folder, a shipped name or a Hub id 'owner/name'")
+    from unimm.checkpoint.hub import cached
+
     repository, _, pinned = name.partition("@")
     local = cached(repository, revision or pinned or None, looked)
     verify(local)
@@ -125,6 +133,8 @@ def push_to_hub(
     foreign = [name for name in _files(Path(folder)) if not fits(name)]
     if foreign:
         raise ValueError(f"{folder}: bundles hold no such file as {foreign[0]!r}: take it away")
+    from unimm.checkpoint.hub import upload
+
     return upload(folder, repository, revision, private, message)
 
 

@@ -1,3 +1,8 @@
+# pyright: strict
+# torch's own types are partly unknown, and what users give is checked whatever its annotation says.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnnecessaryIsInstance=false
+
 """The card of a bundle: Markdown with the metadata that the Hub reads.
 
 Hugging Face's model card specification (hub docs, "Model Cards"): YAML between dashes, then text.
@@ -12,9 +17,9 @@ from typing import NamedTuple
 
 import yaml
 
-from unimm_tokenizers.storage import sha256, write_text
+from unimm_tokenizers.storage import read_json, sha256, write_text
 
-CARD_FILE = "README.md"
+CARD_FILE, RESULTS_FILE = "README.md", "results.json"
 _HASHED = (".safetensors", ".model", ".json")
 
 
@@ -25,6 +30,35 @@ class Score(NamedTuple):
     data: str
     figure: str
     value: str
+
+
+def scores_of(results: str | Path) -> list[Score]:
+    """The rows of a card's table of reconstruction, from what `unimm bench` has measured.
+
+    Args:
+        results: its `results.json`, or the folder that holds it. Classical codecs are left out.
+
+    Raises:
+        ValueError: the file is missing, or no such results.
+    """
+    path = Path(results)
+    path = path / RESULTS_FILE if path.is_dir() else path
+    measured = read_json(path)
+    try:
+        data = measured["protocol"]["split"] or "see results.json"
+        return [
+            Score(part["codec"], f"{data}, {part['samples']} {part['modality']}s", name, f"{n:.4g}")
+            for part in measured["summaries"]
+            if not part["classical"]
+            for name, n in (
+                *((measure, mean["value"]) for measure, mean in part["means"].items()),
+                *part["whole"].items(),
+                ("codes per sample", part["tokens"]),
+            )
+            if n is not None
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: these are no results of `unimm bench` ({error!r})") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,28 +1,17 @@
 """The Hugging Face Hub: pinned revisions, its cache first, nothing that could run code.
 
-`huggingface_hub`'s own mixin is not used: it loads weights that do not fit without a word
-(`strict=False` is its default), reads pickles, and asks the network for 23 s when there is none.
+Imported where the Hub is needed and not before: its client takes a second to load.
 """
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import httpx2
-import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-# What a bundle or a Hugging Face model folder is made of. Pickles and code are never fetched.
-PATTERNS = ["*.json", "*.safetensors", "*.model", "*.md", "*.txt", "*.jinja"]
-INDEX_FILE = "index.json"
-
-
-def fits(name: str) -> bool:
-    """Whether a file is of a kind that bundles hold."""
-    return any(fnmatch(name, pattern) for pattern in PATTERNS)
+from unimm.checkpoint.pushing import PATTERNS
 
 
 def cached(repository: str, revision: str | None, looked: str) -> Path:
@@ -92,34 +81,3 @@ def upload(
 
 def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-class HubMixin:
-    """`push_to_hub` for what has a `save_pretrained`."""
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the files into a folder."""
-        raise AssertionError("given by the class that this is mixed into")
-
-    def push_to_hub(
-        self,
-        repository: str,
-        *,
-        revision: str | None = None,
-        private: bool | None = None,
-        message: str = "Upload with unimm",
-        dtype: torch.dtype | None = None,
-    ) -> str:
-        """Upload this part of a bundle; see `unimm.push_to_hub`, which uploads a whole, sealed one.
-
-        The repository's `index.json`, which names the hashes of other files, is removed.
-
-        Returns:
-            The commit's id.
-
-        Raises:
-            ValueError: the Hub refuses, or can't be reached.
-        """
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, dtype)
-            return upload(folder, repository, revision, private, message, [INDEX_FILE])

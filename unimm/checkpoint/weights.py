@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -46,6 +45,8 @@ def save_weights(
         dtype: cast floating tensors to it; None keeps theirs.
         shard_bytes: most bytes of a file; a single tensor above it has a file of its own.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory  # late: see hub.py
+
     folder = Path(folder)
 
     def stored_bytes(tensor: Tensor) -> int:

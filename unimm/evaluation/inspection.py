@@ -1,7 +1,8 @@
 """What a file of the library holds, in plain text: `unimm inspect`.
 
-Knows bundles and codecs (folder, shipped name, Hub id), training checkpoints and run folders, raw
-shards, token shards, and many shards at once. Nothing that is read can run code; of language models
+Knows bundles and codecs (folder, shipped name, Hub id), text models, vocabularies, safetensors,
+Hugging Face model folders, training checkpoints and run folders, raw shards, token shards, and many
+shards at once. Nothing that is read can run code; of language models
 and checkpoints, shapes are read and no weights.
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,18 +28,24 @@ from unimm.checkpoint import (
     read_config,
     read_json,
 )
+from unimm.conversion.folder import HuggingFaceFolder
 from unimm.data.manifest import Manifest, manifest_path
 from unimm.data.shards import Sample, ShardReader, expand
 from unimm.data.tokenize import IDS_FILE, META_FILE, NPY_HEADER
 from unimm.model import ModelConfig
+from unimm.text import FILES as TEXT_FILES
 from unimm.text import TextModel, text_file
 from unimm.training.launch import CHECKPOINTS, newest_checkpoint, read_checkpoint
 from unimm.vocabulary import MODALITIES, Vocabulary
 from unimm_tokenizers.codec import Codec
 from unimm_tokenizers.storage import CONFIG_FILE, WEIGHTS_FILE
 
+_HF_FACTS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "torch_dtype")
 MAX_ROWS = 20  # shards listed one by one; the totals count all of them
-_KINDS = "a bundle, a codec, a checkpoint (.ckpt), a run folder or shards (.tar)"
+_KINDS = (
+    "a bundle, a codec, a text model, a vocabulary, weights (.safetensors), a Hugging Face model, "
+    "a checkpoint (.ckpt), a run folder or shards (.tar)"
+)
 
 
 def inspect(path: str | Path) -> str:
@@ -51,6 +59,12 @@ def inspect(path: str | Path) -> str:
         return _checkpoint(place)
     if place.suffix == ".tar" and place.is_file():
         return _shard(place)
+    if place.name == VOCABULARY_FILE and place.is_file():
+        return "\n".join(_vocabulary(Vocabulary.load(place)))
+    if place.name in TEXT_FILES and place.is_file():
+        return f"{_text_model(place)}\n  {place}"
+    if place.suffix == ".safetensors" and place.is_file():
+        return "\n".join(_tensors(place))
     if place.is_file():
         raise ValueError(f"{place}: nothing that can be inspected; name {_KINDS}")
     if place.is_dir():
@@ -64,7 +78,8 @@ def _folder(folder: Path) -> str:
     if (folder / VOCABULARY_FILE).exists():
         return _bundle(find_bundle(folder))
     if (folder / CONFIG_FILE).exists():
-        return _codec_page(folder)
+        foreign = "model_type" in read_json(folder / CONFIG_FILE)
+        return _foreign(folder) if foreign else _codec_page(folder)
     if (folder / CHECKPOINTS).is_dir():
         newest = newest_checkpoint(folder)
         if newest is None:
@@ -81,8 +96,7 @@ def _folder(folder: Path) -> str:
 def _bundle(folder: Path) -> str:
     vocabulary = Vocabulary.from_dict(read_json(folder / VOCABULARY_FILE))
     lines = [f"bundle {folder}", "", *_vocabulary(vocabulary)]
-    text = text_file(folder)
-    lines += ["", f"text model: {TextModel.load(text).size:,} pieces, {_size(text)}"]
+    lines += ["", _text_model(text_file(folder))]
     codecs = sorted((folder / CODECS_FOLDER).glob(f"*/{CONFIG_FILE}"))
     for config in codecs:
         lines += ["", *_codec(config.parent)]
@@ -109,6 +123,29 @@ def _vocabulary(vocabulary: Vocabulary) -> list[str]:
     ]
 
 
+def _text_model(path: Path) -> str:
+    return f"text model: {TextModel.load(path).size:,} pieces, {_size(path)}"
+
+
+def _foreign(folder: Path) -> str:
+    found = HuggingFaceFolder(folder)
+    facts = {name: found.config[name] for name in _HF_FACTS if name in found.config}
+    title = f"Hugging Face model {folder}: {len(found.files):,} tensors"
+    advice = "  `unimm convert` makes a bundle of the kinds that it knows"
+    return "\n".join([title, *_pairs(facts), advice])
+
+
+def _tensors(path: Path) -> list[str]:
+    """Every tensor of a safetensors file, by its header alone, the first ones one by one."""
+    with _opened(path) as file:
+        names = sorted(file.keys())
+        slices = [file.get_slice(name) for name in names]
+        rows = [(n, s.get_dtype(), _by(s.get_shape())) for n, s in zip(names, slices, strict=True)]
+    more = [f"  and {len(rows) - MAX_ROWS} more"] if len(rows) > MAX_ROWS else []
+    table = _table(("tensor", "type", "shape"), rows[:MAX_ROWS])
+    return [f"weights {path}: {_weights(path)}", *table, *more]
+
+
 def _codec_page(folder: Path) -> str:
     return "\n".join([f"codec {folder}", "", *_codec(folder)])
 
@@ -130,7 +167,7 @@ def _codec(folder: Path) -> list[str]:
         facts["bit rate"] = f"{bits * codec.frame_rate / 1000:.3g} kbit/s"
     else:
         facts["rate"] = f"{bits / units:.3g} bits per pixel"
-    weights = _weights(folder)
+    weights = _weights(folder / WEIGHTS_FILE)
     facts["weights"] = f"{_parameters(codec.parameters()):,} parameters, {weights}"
     return [f"codec {codec.modality}: {codec.name}", *_pairs(facts)]
 
@@ -138,7 +175,7 @@ def _codec(folder: Path) -> list[str]:
 def _language_model(folder: Path) -> list[str]:
     config = read_config(ModelConfig, folder)
     heads = f"{config.num_heads} heads ({config.kv_heads} for keys and values)"
-    weights = _weights(folder)
+    weights = _weights(folder / WEIGHTS_FILE)
     return [
         f"language model: {weights.numbers:,} parameters, {weights}",
         f"  width {config.d_model}, {config.num_layers} layers, {heads} of {config.head_dim}, "
@@ -158,21 +195,27 @@ class _Weights(NamedTuple):
         return f"{self.size} ({', '.join(self.types)})"
 
 
-def _weights(folder: Path) -> _Weights:
-    """From the header of `model.safetensors` alone."""
-    path = folder / WEIGHTS_FILE
+def _weights(path: Path) -> _Weights:
+    """From the header of a safetensors file alone."""
     numbers, types = 0, set()
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118  (not a mapping)
+            part = file.get_slice(name)
+            numbers += math.prod(part.get_shape())
+            types.add(part.get_dtype())
+    return _Weights(numbers, tuple(sorted(types)), _size(path))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; what is wrong with it in one line."""
     try:
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a mapping)
-                part = file.get_slice(name)
-                numbers += math.prod(part.get_shape())
-                types.add(part.get_dtype())
+            yield file
     except FileNotFoundError:
         raise ValueError(f"{path}: the file is missing") from None
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged safetensors file ({error})") from None
-    return _Weights(numbers, tuple(sorted(types)), _size(path))
 
 
 def _seal(folder: Path) -> str:
