@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unimm_tokenizers.semantic.clustering import Regions, density_peaks
+from unimm_tokenizers.semantic.clustering import (
+    Regions,
+    density_peaks,
+    find_peaks,
+    join_peaks,
+)
 
 SETTINGS = {"neighbours": 3, "threshold": 0.4, "min_regions": 1, "max_regions": 12}
 
@@ -103,6 +108,19 @@ def test_the_weakest_centres_give_way_to_the_bound() -> None:
     three = density_peaks(features, apart(4, 0.0), **{**SETTINGS, "max_regions": 3})
     assert four.assignment[0, ::4].tolist() == [0, 1, 2, 3]
     assert three.assignment[0, ::4].tolist() == [0, 1, 2, 2]
+    assert (four.merged.tolist(), three.merged.tolist()) == ([0], [1])
+
+
+def test_cells_between_the_points_join_the_nearest_centre() -> None:
+    """Centres sought on every second cell of a row, cells on all of it."""
+    cells = torch.tensor([0.0, 0.1, 0.0, 0.2, 5.0, 5.0, 5.0, 4.0])[None, :, None]
+    line = torch.arange(8.0, dtype=torch.float64)
+    away = (line[:, None] - line[::2]).square() * 1e-3
+    peaks = find_peaks(cells[:, ::2], away[::2], **{**SETTINGS, "neighbours": 1})  # pyright: ignore
+    regions = join_peaks(cells, cells[:, ::2], away, peaks)
+    assert regions.assignment.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
+    assert peaks.index[0, :2].tolist() == [0, 2]
+    assert peaks.count.tolist() == regions.count.tolist() == [2]
 
 
 @given(seed=st.integers(0, 10_000), bound=st.integers(1, 16))
@@ -125,7 +143,7 @@ def test_noise_of_the_arithmetic_changes_nothing() -> None:
 
 
 def test_masks_of_members_and_of_used_regions() -> None:
-    regions = Regions(torch.tensor([[0, 1, 0], [0, 0, 0]]), torch.tensor([2, 1]))
+    regions = Regions(torch.tensor([[0, 1, 0], [0, 0, 0]]), torch.tensor([2, 1]), torch.zeros(2))
     assert regions.used(3).tolist() == [[True, True, False], [True, False, False]]
     members = regions.members(3)
     assert members[0].tolist() == [[True, False, True], [False, True, False], [False] * 3]

@@ -1,37 +1,53 @@
-"""A discrete SeTok (arXiv 2406.05127): a picture to a few codes, one per region, and back.
+"""Semantic codecs: a picture to a varying number of codes, and back from the codes alone.
 
-The published tokenizer keeps its region features continuous; here each is one code. Codes stand in
-the raster order of their region's first patch; the decoder predicts the layout of the regions from
-the codes, so the codes alone are enough. `encode` runs in float64: which patch is a centre and
-which code is nearest are decided by comparisons, and in float32 the last bit of a batched product
-depends on the size of the batch.
+`SemanticCodec` is what they share; `SeTokCodec` is a discrete SeTok (arXiv 2406.05127), whose
+published tokenizer keeps its region features continuous: here each is one code. Codes stand in
+the raster order of their region's first cell; the decoder predicts the layout of the regions from
+the codes. `encode` runs in float64: which point is a centre and which code is nearest are decided
+by comparisons, and in float32 the last bit of a batched product depends on the size of the batch.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from unimm_tokenizers.codec import PADDING_CODE, Codec, CodecOutput, register_codec
 from unimm_tokenizers.quantize import ResidualVectorQuantizer
-from unimm_tokenizers.semantic.config import SeTokConfig
-from unimm_tokenizers.semantic.detokenizer import Detokenizer
-from unimm_tokenizers.semantic.encoder import RegionEncoder, RegionTokens
+from unimm_tokenizers.semantic.config import SemanticConfig, SeTokConfig
+from unimm_tokenizers.semantic.detokenizer import Detokenizer, Painted
+from unimm_tokenizers.semantic.encoder import RegionEncoder, Tokens
 
 
-@register_codec("setok")
-class SeTokCodec(Codec):
-    """Pictures (B, C, H, W) of one size to codes (B, 1, max_regions), padded with -1."""
+class Described(NamedTuple):
+    """A training pass, and what it says of each picture.
 
-    config_class = SeTokConfig
-    config: SeTokConfig
+    output: see `Codec.forward`.
+    embedding: (B, codebook_dim), mean of the picture's quantized tokens.
+    """
+
+    output: CodecOutput
+    embedding: Tensor
+
+
+class SemanticCodec(Codec):
+    """Pictures (B, C, H, W) of one size to codes (B, 1, max_tokens), padded with -1.
+
+    Args:
+        config: the codec's config.
+        encoder: pictures to `Tokens`.
+    """
+
+    config: SemanticConfig
     modalities = ("semantic",)
 
-    def __init__(self, config: SeTokConfig) -> None:
+    def __init__(self, config: SemanticConfig, encoder: nn.Module) -> None:
         super().__init__(config)
-        self.encoder = RegionEncoder(config)
+        self.encoder = encoder
         self.quantizer = ResidualVectorQuantizer(
             config.codebook_dim, config.codebook_size, num_codebooks=1, cosine=True
         )
@@ -41,8 +57,8 @@ class SeTokCodec(Codec):
 
     @property
     def downsample(self) -> tuple[int, ...]:
-        """(h, w) pixels per patch, the unit of which regions are made."""
-        return self.config.patch, self.config.patch
+        """(h, w) pixels per cell, the unit of which regions are made."""
+        return self.config.cell, self.config.cell
 
     @property
     def receptive_field(self) -> tuple[int, ...]:
@@ -58,61 +74,113 @@ class SeTokCodec(Codec):
                 f"{x.shape[3]}: resize them first"
             )
 
-    def _codebook(self) -> Tensor:
-        """(codebook_size, codebook_dim)."""
+    @property
+    def codebook(self) -> Tensor:
+        """(codebook_size, codebook_dim), unit vectors."""
         every = torch.arange(self.codebook_size, device=self.steps.device)
         return self.quantizer.lookup(every[None, None])[0].T
 
-    def _exact_tokens(self, x: Tensor) -> RegionTokens:
-        """Region tokens in float64."""
+    def _exact_tokens(self, x: Tensor) -> Tokens:
+        """Tokens in float64, of the codec as it is after training."""
         self._check(x)
         weights = {name: value.double() for name, value in self.encoder.named_parameters()}
-        return functional_call(self.encoder, weights, (x.double(),))
+        training = self.encoder.training
+        self.encoder.eval()
+        try:
+            with torch.autocast(x.device.type, enabled=False):
+                return functional_call(self.encoder, weights, (x.double(),))
+        finally:
+            self.encoder.train(training)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> int64 (B, 1, max_regions), rows of -1 after the last region.
+        """(B, C, H, W) -> int64 (B, 1, max_tokens), rows of -1 after the last token.
 
         Raises:
             ValueError: not a signal for this codec, or not of its size.
         """
-        tokens, regions = self._exact_tokens(x)
-        codes = (tokens @ self._codebook().double().T).argmax(-1)
-        unused = ~regions.used(self.config.max_regions)
-        return codes.masked_fill(unused, PADDING_CODE)[:, None]
+        tokens = self._exact_tokens(x)
+        codes = (tokens.vectors @ self.codebook.double().T).argmax(-1)
+        return codes.masked_fill(~tokens.used, PADDING_CODE)[:, None]
 
     @torch.no_grad()
     def explain(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> int64 (B, h, w): the place in `encode(x)` of each patch's token."""
-        assignment = self._exact_tokens(x).regions.assignment
-        return assignment.unflatten(1, (self.config.side, self.config.side))
+        """(B, C, H, W) -> int64 (B, h, w): the place in `encode(x)` of each cell's token."""
+        assignment = self._exact_tokens(x).assignment
+        return assignment.unflatten(1, (self.config.cells, self.config.cells))
+
+    @torch.no_grad()
+    def stats(self, x: Tensor) -> dict[str, Tensor]:
+        """(B, C, H, W) -> "tokens" and "merged", int64 (B,): regions, and those beyond the bound.
+
+        The cells of a merged region went to a stronger one.
+        """
+        tokens = self._exact_tokens(x)
+        return {"tokens": tokens.used.sum(1), "merged": tokens.merged}
+
+    @torch.no_grad()
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes (B, 1, n) -> (B, codebook_dim), the mean of their vectors; zero without codes."""
+        self.check_codes(codes, 1)
+        used = codes[:, 0] != PADDING_CODE
+        return _mean(self.codebook[codes[:, 0].clamp(min=0)], used)
+
+    def layout(self, codes: Tensor) -> Tensor:
+        """Codes (B, 1, n), n at least 1 -> int64 (B, h, w): which code each cell is painted by."""
+        cells = self.config.cells
+        return self._paint(codes).layout.argmax(-1).unflatten(1, (cells, cells))
 
     def decode(self, codes: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
         """(B, 1, n) -> (B, C, H, W) in [-1, 1]; any n, -1 anywhere is skipped, no code is grey."""
         self.check_codes(codes, 1)
-        codes = F.pad(codes, (0, int(codes.shape[2] == 0)), value=PADDING_CODE)
-        vectors = self._codebook()[codes[:, 0].clamp(min=0)]
-        signal = self.detokenizer(vectors, codes[:, 0] != PADDING_CODE).signal.clamp(-1, 1)
+        signal = self._paint(F.pad(codes, (0, int(codes.shape[2] == 0)), value=PADDING_CODE)).signal
+        signal = signal.clamp(-1, 1)
         return signal if size is None else signal[:, :, : size[0], : size[1]]
+
+    def _paint(self, codes: Tensor) -> Painted:
+        self.check_codes(codes, 1)
+        vectors = self.codebook[codes[:, 0].clamp(min=0)]
+        return self.detokenizer(vectors, codes[:, 0] != PADDING_CODE)
 
     def forward(self, x: Tensor) -> CodecOutput:
         """See `Codec.forward`; while the quantizer warms up, codes do not exist yet: all are -1."""
+        return self.describe(x).output
+
+    def describe(self, x: Tensor) -> Described:
+        """`forward`, with what is compared with words."""
         self._check(x)
-        features = self.encoder.backbone(x)
-        if self.training:
-            self.encoder.standard.observe(features)
-        tokens, regions = self.encoder.merged(features)
-        used = regions.used(self.config.max_regions)
+        tokens: Tokens = self.encoder(x)
+        used, vectors = tokens.used, tokens.vectors.float()
         codes = torch.full_like(used, PADDING_CODE, dtype=torch.int64)
-        loss = x.new_zeros((), dtype=torch.float32)
+        loss = tokens.loss.float()
         if self.training:
             self.steps += 1
         if not self.training or self.steps > self.config.warmup_steps:
-            quantized, flat_codes, loss = self.quantizer(tokens[used].T[None])
-            codes[used] = flat_codes.flatten()
-            tokens = quantized.new_zeros(tokens.shape)
-            tokens[used] = quantized[0].T
-        painted = self.detokenizer(tokens, used, regions.assignment if self.training else None)
-        layout_loss = F.cross_entropy(painted.layout.transpose(1, 2), regions.assignment)
+            found = self.quantizer(vectors[used].T[None])
+            codes[used] = found.codes.flatten()
+            vectors = found.quantized.new_zeros(vectors.shape)
+            vectors[used] = found.quantized[0].T
+            loss = loss + found.loss
+        taught = tokens.assignment if self.training else None
+        painted = self.detokenizer(vectors, used, taught)
+        layout_loss = F.cross_entropy(painted.layout.transpose(1, 2), tokens.assignment)
         loss = loss + self.config.layout_weight * layout_loss
-        return CodecOutput(painted.signal, x, codes[:, None], loss)
+        output = CodecOutput(painted.signal, x, codes[:, None], loss)
+        return Described(output, _mean(vectors, used))
+
+
+def _mean(vectors: Tensor, used: Tensor) -> Tensor:
+    """Mean of the used ones of vectors (B, M, d): (B, d)."""
+    share = used.to(vectors.dtype)
+    return (vectors * share[..., None]).sum(1) / share.sum(1, keepdim=True).clamp(min=1)
+
+
+@register_codec("setok")
+class SeTokCodec(SemanticCodec):
+    """One code for each region of density-peaks clustering."""
+
+    config_class = SeTokConfig
+    config: SeTokConfig
+
+    def __init__(self, config: SeTokConfig) -> None:
+        super().__init__(config, RegionEncoder(config))

@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class Attention(nn.Module):
@@ -23,8 +22,12 @@ class Attention(nn.Module):
         """`mask`: bool (B, N or 1, M), True where a query may look."""
         query = self._heads(self.query(x))
         key, value = (self._heads(part) for part in self.key_value(context).chunk(2, -1))
-        heads_mask = None if mask is None else mask[:, None]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=heads_mask)
+        # Written out: on a CPU, forward and backward in bfloat16 over 64 tokens take 5.5 ms for 48
+        # pictures and 4 heads (one core, torch 2.11), scaled_dot_product_attention 31.7 ms.
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], -torch.inf)
+        mixed = scores.softmax(-1).to(value.dtype) @ value
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -69,18 +72,31 @@ class CrossBlock(nn.Module):
         return x + self.feed_forward(x)
 
 
-class ConvBlock(nn.Module):
-    """Depthwise 3x3, then a perceptron per position (ConvNeXt, arXiv 2201.03545); (B, D, h, w)."""
+class ToChannels(nn.Module):
+    """Blocks of r x r positions to channels: (B, C, H, W) -> (B, C r^2, H / r, W / r).
 
-    def __init__(self, dim: int) -> None:
+    `torch.nn.PixelUnshuffle`, which leaves the shape of an empty batch as it is (torch 2.11).
+    """
+
+    def __init__(self, ratio: int) -> None:
         super().__init__()
-        self.mix = nn.Conv2d(dim, dim, 3, padding=1, padding_mode="replicate", groups=dim)
-        self.feed_forward = feed_forward(dim)
+        self.ratio = ratio
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        mixed = self.feed_forward(self.mix(x).movedim(1, -1))
-        return x + mixed.movedim(-1, 1)
+        r = self.ratio
+        blocks = x.unflatten(3, (x.shape[3] // r, r)).unflatten(2, (x.shape[2] // r, r))
+        return blocks.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
+class FromChannels(ToChannels):
+    """The inverse of `ToChannels`: (B, C r^2, h, w) -> (B, C, h r, w r)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        r = self.ratio
+        blocks = x.unflatten(1, (x.shape[1] // r**2, r, r))
+        return blocks.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
@@ -88,6 +104,17 @@ def sinusoid(positions: Tensor, dim: int) -> Tensor:
     rates = torch.exp(torch.arange(0, dim, 2, device=positions.device) * (-math.log(1e3) / dim))
     angles = positions[..., None].to(rates.dtype) * rates
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def grid_quadratic(side: int) -> Tensor:
+    """1, x, y, x^2, x y, y^2 of each cell of a square grid from -1 to 1: (side * side, 6).
+
+    Means over a region are its place, extent and slant; a log density that is linear in them is a
+    Gaussian's.
+    """
+    axis = (torch.arange(side) + 0.5) * (2 / side) - 1
+    y, x = torch.cartesian_prod(axis, axis).unbind(-1)
+    return torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], -1)
 
 
 def grid_sinusoid(side: int, dim: int) -> Tensor:
