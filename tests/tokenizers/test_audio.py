@@ -15,6 +15,7 @@ from unimm_tokenizers.audio import (
     SpectralConfig,
 )
 from unimm_tokenizers.audio.phase import LOOKAHEAD
+from unimm_tokenizers.audio.spectral import scaled, unscaled
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"strides": (2, 4), "dilations": (1, 3), "num_codebooks": 2},
@@ -50,10 +51,9 @@ def codec(request: pytest.FixtureRequest) -> SoundStreamCodec:
 
 @pytest.fixture
 def spectral() -> SpectralCodec:
-    config = SpectralConfig(
-        **{"sample_rate": 1000, "window": 32, "hop": 8, "downsample": 2, "channels": 16},
-        **{"num_blocks": 2, "latent_channels": 8, "num_codebooks": 2, "codebook_size": 32},
-    )
+    shape: dict[str, Any] = {"sample_rate": 1000, "window": 32, "hop": 8, "downsample": 2}
+    levels: dict[str, Any] = {"latent_channels": 8, "num_codebooks": 2, "codebook_size": 32}
+    config = SpectralConfig(channels=16, num_blocks=2, **shape, **levels)
     codec = SpectralCodec(config).train()
     with torch.no_grad():
         codec(tone(1, 1600, batch=4))
@@ -71,8 +71,7 @@ def chunks_of(total: int, size: int) -> list[slice]:
 @pytest.mark.parametrize("size", [1, 7, 40, 333, 10_000])
 def test_streamed_codes_are_the_whole(codec: SoundStreamCodec, size: int) -> None:
     hop = codec.downsample[0]
-    context = codec.encoder_context * hop
-    total = (context + 200) // hop * hop
+    total = (codec.receptive_field[0] + 200) // hop * hop
     x = tone(codec.num_channels, total, batch=2)
     if size == 1:  # one sample at a time only where it matters: behind a beginning
         slices = [
@@ -87,7 +86,7 @@ def test_streamed_codes_are_the_whole(codec: SoundStreamCodec, size: int) -> Non
         parts.append(codes)
         seen = part.stop
         assert sum(p.shape[-1] for p in parts) == seen // hop  # every whole frame, at once
-        assert state.samples.shape[-1] < context + 2 * hop  # bounded memory
+        assert state.waiting.shape[-1] < hop  # bounded memory, with `test_a_state_does_not_grow`
     whole = codec.encode(x)
     assert len(whole.unique()) > 4
     assert int((torch.cat(parts, -1) != whole).sum()) == 0
@@ -115,13 +114,12 @@ def streamed() -> SoundStreamCodec:
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 3, 17, 10_000])
 def test_streamed_samples_are_the_whole(codec: SoundStreamCodec, size: int) -> None:
-    total = codec.decoder_context + 20
+    total = 60
     codes = torch.randint(codec.codebook_size, (2, codec.num_codebooks, total))
     state, parts = codec.init_state(2), []
     for part in chunks_of(total, size):
         signal, state = codec.decode_chunk(codes[..., part], state)
         assert signal.shape[-1] == (part.stop - part.start) * codec.downsample[0]
-        assert state.codes.shape[-1] <= codec.decoder_context
         parts.append(signal)
     torch.testing.assert_close(torch.cat(parts, -1), codec.decode(codes), rtol=0, atol=1e-5)
 
@@ -161,6 +159,75 @@ def test_bad_chunks_are_refused(codec: SoundStreamCodec) -> None:
         codec.decode_chunk(codes - 1, state)
     with pytest.raises(ValueError, match="the state holds 2 streams, the chunk 1"):
         codec.decode_chunk(codes[:1], state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 5, 120])
+def test_streamed_spectra_are_the_whole_bit_for_bit(spectral: SpectralCodec, size: int) -> None:
+    """The search for phases makes another sound of any rounding error, so there may be none."""
+    x = tone(1, 120 * spectral.downsample[0], batch=2)
+    whole = spectral.encode(x)
+    state, codes, signals = spectral.init_state(2), [], []
+    for chunk in x.split(size * spectral.downsample[0], dim=2):
+        part, state = spectral.encode_chunk(chunk, state)
+        signal, state = spectral.decode_chunk(part, state)
+        codes.append(part)
+        signals.append(signal)
+        ready = sum(part.shape[-1] for part in codes) * spectral.downsample[0]
+        assert sum(each.shape[-1] for each in signals) == max(0, ready - spectral.decoder_delay)
+    rest, _ = spectral.decode_chunk(whole[..., :0], state, last=True)
+    assert rest.shape[-1] == spectral.decoder_delay
+    assert torch.equal(torch.cat(codes, -1), whole)
+    assert torch.equal(torch.cat([*signals, rest], -1), spectral.decode(whole))
+
+
+@torch.no_grad()
+def test_streams_by_turns_are_those_alone(codec: SoundStreamCodec, spectral: SpectralCodec) -> None:
+    for each in (codec, spectral):
+        hop, channels = each.downsample[0], each.num_channels
+        sounds = [tone(channels, 12 * hop) for _ in range(3)]
+        states = [each.init_state(1) for _ in sounds]
+        parts: list[list[Tensor]] = [[] for _ in sounds]
+        for start in range(0, 12 * hop, 4 * hop):
+            for number, x in enumerate(sounds):
+                codes, states[number] = each.encode_chunk(
+                    x[..., start : start + 4 * hop], states[number]
+                )
+                signal, states[number] = each.decode_chunk(codes, states[number])
+                parts[number].append(signal)
+        for x, made in zip(sounds, parts, strict=True):
+            joined = torch.cat(made, dim=-1)
+            alone = each.decode(each.encode(x))[..., : joined.shape[-1]]
+            torch.testing.assert_close(joined, alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_batch_of_different_lengths_is_coded_as_one_by_one(
+    codec: SoundStreamCodec, spectral: SpectralCodec
+) -> None:
+    for each in (codec, spectral):
+        hop = each.downsample[0]
+        sounds = [tone(each.num_channels, length) for length in (3 * hop, 20 * hop, 11 * hop)]
+        padded = torch.cat(
+            [torch.nn.functional.pad(x, (0, 20 * hop - x.shape[-1])) for x in sounds]
+        )
+        together = each.encode(padded)
+        made = each.decode(together)
+        for row, x in enumerate(sounds):
+            alone = each.encode(x)
+            frames = alone.shape[-1]
+            assert torch.equal(together[row : row + 1, :, :frames], alone)
+            sure = frames * hop - each.decoder_delay  # what follows can't be heard any earlier
+            expected = each.decode(alone)[..., :sure]
+            torch.testing.assert_close(made[row : row + 1, :, :sure], expected, rtol=0, atol=1e-5)
+
+
+def test_latency_is_a_frame_and_the_decoders_delay(
+    codec: SoundStreamCodec, spectral: SpectralCodec
+) -> None:
+    assert codec.latency == codec.downsample[0]
+    # One frame; a window's overlap; three hops of look-ahead.
+    assert spectral.latency == 16 + (32 - 8) + 3 * 8
 
 
 # Causality and receptive fields
@@ -218,7 +285,7 @@ def test_a_code_sees_no_further_back_than_it_says(
 
         def latents(sound: Tensor, each: SoundStreamCodec | SpectralCodec = each) -> Tensor:
             if isinstance(each, SpectralCodec):
-                sound = each._scaled(each.log_magnitudes(sound))
+                sound = scaled(each.log_magnitudes(sound))
             return each.encoder(sound)[..., -1]
 
         assert torch.allclose(latents(changed), latents(x), atol=1e-5)
@@ -247,7 +314,7 @@ def test_log_magnitudes_are_those_of_the_frames(spectral: SpectralCodec) -> None
 def test_silence_is_the_floor_and_back(spectral: SpectralCodec) -> None:
     log = spectral.log_magnitudes(torch.zeros(1, 1, 160))
     assert torch.allclose(log, torch.tensor(1e-3).log())
-    torch.testing.assert_close(spectral._unscaled(spectral._scaled(log)), log)
+    torch.testing.assert_close(unscaled(scaled(log)), log)
 
 
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 100])
@@ -262,7 +329,7 @@ def test_lengths(spectral: SpectralCodec, codec: SoundStreamCodec, size: int) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_channels": 2}, "the spectral codec is mono"),
+        ({"num_channels": 3}, "num_channels must be 1 or 2, got 3"),
         ({"window": 100, "hop": 30}, r"window \(100\) must be a multiple of hop, at least twice"),
         ({"window": 80, "hop": 80}, "at least twice it"),
     ],

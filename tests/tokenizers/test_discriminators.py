@@ -5,8 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from unimm_tokenizers.discriminators import (
+    BandDiscriminator,
+    Discriminator,
     MotionDiscriminator,
     PatchDiscriminator,
+    PeriodDiscriminator,
     SpectrumDiscriminator,
 )
 from unimm_tokenizers.losses import discriminator_hinge
@@ -51,6 +54,8 @@ def test_spectrum_scores() -> None:
     [
         (PatchDiscriminator(3, channels=8), (8, 3, 16, 16)),
         (SpectrumDiscriminator(windows=(64,), channels=4), (8, 1, 400)),
+        (BandDiscriminator(windows=(64,), channels=8), (8, 1, 400)),
+        (PeriodDiscriminator(periods=(2, 3), channels=4, num_layers=2), (8, 1, 400)),
         (MotionDiscriminator(3, channels=8), (4, 3, 4, 16, 16)),
     ],
 )
@@ -97,3 +102,50 @@ def test_motion_is_seen_and_stills_are_left_to_others() -> None:
     backwards = scorer(film.flip(2)).flip(2)
     assert not torch.allclose(backwards, scorer(film))
     assert PatchDiscriminator(3).accepts(film[:, :, 0])
+
+
+WAVES: list[Discriminator] = [
+    SpectrumDiscriminator(windows=(64, 128), channels=4),
+    BandDiscriminator(windows=(128, 64), channels=4),
+    PeriodDiscriminator(periods=(2, 3, 5), channels=2, num_layers=2),
+]
+
+
+@pytest.mark.parametrize("scorer", WAVES, ids=lambda scorer: type(scorer).__name__)
+def test_channels_of_sound_are_scored_one_by_one(scorer: Discriminator) -> None:
+    scorer.eval()
+    stereo = torch.randn(2, 2, 401)
+    scores = scorer(stereo)
+    assert len(scores) == 4
+    torch.testing.assert_close(scores[1], scorer(stereo[:1, 1:])[0])
+    assert scorer.accepts(stereo)
+    assert not scorer.accepts(torch.randn(2, 33, 20))  # a spectrum
+    assert not scorer.accepts(torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("scorer", "count"),
+    [(WAVES[0], 2 * 2), (WAVES[1], 2 * 5 * 4), (WAVES[2], 3 * 2), (PatchDiscriminator(2), 2)],
+)
+def test_features_are_what_each_activation_gives(scorer: Discriminator, count: int) -> None:
+    scorer.eval()
+    x = torch.randn(1, 2, 16, 16) if isinstance(scorer, PatchDiscriminator) else noise(400)
+    *inner, scores = scorer.features(x)
+    assert len(inner) == count
+    torch.testing.assert_close(scores, scorer(x))
+
+
+def noise(samples: int) -> Tensor:
+    return torch.randn(1, 1, samples)
+
+
+def test_bands_see_their_own_frequencies_alone() -> None:
+    """A tone of the upper half moves the scores of the upper bands, and no lower one's."""
+    scorer = BandDiscriminator(windows=(512,), channels=4).eval()
+    time = torch.arange(4096.0)
+    silence, tone = torch.zeros(1, 1, 4096), torch.sin(0.8 * torch.pi * time)[None, None]
+    moved = [
+        float((a - b).abs().max().detach())
+        for a, b in zip(scorer.features(silence)[::4], scorer.features(tone)[::4], strict=True)
+    ][:5]  # the first activation of each band
+    assert moved[4] > 100 * max(moved[:3])

@@ -7,16 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from unimm_tokenizers import CodecOutput
+from unimm_tokenizers.audio import SoundStreamCodec, SoundStreamConfig
 from unimm_tokenizers.losses import (
     LeCam,
     Lpips,
+    MelSpectrumObjective,
     MultiResolutionSTFT,
     Objective,
     PictureObjective,
+    SemanticDistillation,
     SpectrumObjective,
     StructuralDistance,
     WaveformObjective,
     discriminator_hinge,
+    feature_distance,
     generator_hinge,
     pack_lpips,
     r1_penalty,
@@ -28,6 +32,8 @@ OBJECTIVES: dict[str, tuple[Objective, tuple[int, ...]]] = {
     "one pixel": (PictureObjective(cosine=0.5), (2, 3, 1, 1)),
     "film": (PictureObjective(), (2, 3, 4, 9, 8)),
     "waveform": (WaveformObjective(), (2, 1, 1600)),
+    "mel": (WaveformObjective(mel=1.0, sample_rate=8000), (1, 1, 2400)),
+    "mel spectrum": (MelSpectrumObjective(sample_rate=8000, window=64, bands=(5,)), (2, 33, 20)),
     "stereo": (WaveformObjective(windows=(64, 128)), (2, 2, 400)),
     "spectrum": (SpectrumObjective(), (2, 33, 20)),
 }
@@ -255,3 +261,60 @@ def test_cosine_transforms_are_orthonormal_before_their_weights() -> None:
     torch.testing.assert_close(basis @ basis.T, torch.eye(64), rtol=0, atol=1e-5)
     terms = distance(torch.rand(1, 3, 9, 5), torch.rand(1, 3, 9, 5))
     assert terms.keys() == {"gradient", "cosine"}
+
+
+def test_feature_matching_counts_each_layer_by_its_own_size() -> None:
+    real = [torch.tensor([1.0, -3.0]), torch.tensor([100.0, 100.0])]
+    made = [torch.tensor([2.0, -3.0]), torch.tensor([100.0, 150.0])]
+    assert float(feature_distance(made, real)) == pytest.approx((0.5 / 2 + 25 / 100) / 2)
+    assert float(feature_distance(real, real)) == 0
+
+
+class Loudness(nn.Module):
+    """A teacher: smoothed energy and its opposite, at a frame rate of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        energy = nn.functional.avg_pool1d(x.square(), 40)
+        return self.gain * torch.cat([energy, -energy], dim=1)
+
+
+def test_the_first_level_follows_a_teacher() -> None:
+    """Its cosine with the teacher rises, by gradients that reach the encoder through the codes."""
+    config = SoundStreamConfig(
+        sample_rate=1000, channels=4, strides=(4, 4), dilations=(1,), latent_channels=8,
+        num_codebooks=2, codebook_size=16,
+    )  # fmt: skip
+    codec = SoundStreamCodec(config).train()
+    distillation = SemanticDistillation(Loudness(), 2, 8, weight=2.0)
+    sound = torch.randn(4, 1, 1600) * torch.sin(torch.arange(1600) / 100) * 0.3
+    codec(sound)  # starts the codebooks
+    parameters = [*codec.parameters(), *distillation.projection.parameters()]
+    optimizer = torch.optim.Adam(parameters, 3e-3)
+    losses = []
+    for _ in range(40):
+        loss = distillation(codec, sound, codec(sound))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] > 1.2  # log 2 is no agreement at all
+    assert losses[-1] < 0.9  # 0.63 is perfect
+    assert codec.encoder[0].conv.weight.grad.abs().max() > 0  # type: ignore[union-attr]
+    assert distillation.teacher.gain.grad is None  # type: ignore[union-attr]
+    codec.quantizer.warming_up = True
+    assert torch.isfinite(distillation(codec, sound, codec(sound)))
+
+
+def test_a_teacher_of_another_shape_is_refused() -> None:
+    codec = SoundStreamCodec(SoundStreamConfig(channels=2, strides=(4,), latent_channels=4))
+    output = codec(torch.zeros(1, 1, 80))
+    with pytest.raises(ValueError, match=r"the teacher gave \(1, 80\), expected \(batch, 2"):
+        SemanticDistillation(lambda x: x[:, 0], 2, 4)(codec, torch.zeros(1, 1, 80), output)
+    with pytest.raises(ValueError, match="without latents"):
+        SemanticDistillation(lambda x: x, 1, 4)(
+            codec, torch.zeros(1, 1, 80), output._replace(latents=None)
+        )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from unimm_tokenizers import build_codec, presets
+from unimm_tokenizers.audio import StreamingCodec
 
 
 @pytest.mark.parametrize("name", presets())
@@ -51,3 +52,31 @@ def test_names_say_size_and_reduction(name: str) -> None:
     assert codec.downsample[-2:] == (int(reduction[1:]),) * 2
     assert ("video" in codec.modalities) == (video == ["video"])
     assert codec.codebook_size == 16384
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "kbps"),
+    [
+        ("soundstream-8khz", 25, 0.8),
+        ("soundstream-16khz", 50, 4.0),
+        ("soundstream-24khz", 75, 6.0),
+        ("encodec-24khz", 75, 6.0),
+        ("soundstream-24khz-12hz", 12.5, 1.0),
+        ("soundstream-44khz", 86.13, 7.75),
+        ("soundstream-24khz-single", 75, 0.9),
+        ("spectral-8khz", 25, 0.8),
+        ("spectral-16khz", 50, 6.0),
+        ("spectral-16khz-fsq", 50, 0.8),
+    ],
+)
+def test_sound_presets_have_their_rates(name: str, rate: float, kbps: float) -> None:
+    codec = build_codec(name)
+    assert isinstance(codec, StreamingCodec)
+    assert codec.frame_rate == pytest.approx(rate, abs=0.01)
+    assert codec.bitrate / 1000 == pytest.approx(kbps, abs=0.01)
+
+
+def test_every_sound_preset_has_its_rates_above() -> None:
+    (mark,) = test_sound_presets_have_their_rates.pytestmark  # type: ignore[attr-defined]
+    sounds = {name for name in presets() if "khz" in name}
+    assert sounds == {case[0] for case in mark.args[1]}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unimm_tokenizers.quantize import (
     BinaryQuantizer,
+    FactorizedResidualQuantizer,
     FiniteScalarQuantizer,
     IndexBackpropagationQuantizer,
     Quantizer,
@@ -26,6 +27,7 @@ def quantizers() -> dict[str, Quantizer]:
         "residual": ResidualVectorQuantizer(DIM, 16, num_codebooks=3),
         "cosine": ResidualVectorQuantizer(DIM, 16, codebook_dim=4, cosine=True),
         "projected": ResidualVectorQuantizer(DIM, 16, num_codebooks=2, codebook_dim=4),
+        "factorized": FactorizedResidualQuantizer(DIM, 16, num_codebooks=3, codebook_dim=4),
         "finite": FiniteScalarQuantizer(DIM, (4, 3, 5)),
         "simvq": SimVectorQuantizer(DIM, 16),
         "simvq projected": SimVectorQuantizer(DIM, 16, 4),
@@ -185,7 +187,7 @@ def test_warming_up_passes_latents_through(fresh: Quantizer) -> None:
     quantizer.train().warming_up = False
     assert int(quantizer(latents).codes.min()) >= 0
     assert ("started" in changed(quantizer, before)) == isinstance(
-        quantizer, ResidualVectorQuantizer
+        quantizer, ResidualVectorQuantizer | FactorizedResidualQuantizer
     )
 
 
@@ -242,7 +244,7 @@ def test_search_runs_in_float32_under_autocast(quantizer: Quantizer) -> None:
 
 
 def test_dropout_gives_each_row_its_own_levels_in_training_alone() -> None:
-    quantizer = ResidualVectorQuantizer(DIM, 16, num_codebooks=4, dropout=True).train()
+    quantizer = ResidualVectorQuantizer(DIM, 16, num_codebooks=4, dropout=1.0).train()
     quantizer(torch.randn(4, DIM, 30))
     output = quantizer(torch.randn(30, DIM, 4))
     levels = (output.codes[:, :, 0] >= 0).sum(1)
@@ -444,3 +446,53 @@ def test_a_few_steps_bring_codes_and_latents_together(quantizer: Quantizer) -> N
         optimizer.step()
         errors.append(error.item())
     assert sum(errors[-10:]) < 0.8 * sum(errors[:10])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_share_of_the_rows_gets_fewer_levels(share: float) -> None:
+    quantizer = FactorizedResidualQuantizer(DIM, 16, num_codebooks=8, dropout=share).train()
+    quantizer(torch.randn(4, DIM, 30))
+    codes = quantizer(torch.randn(400, DIM, 1)).codes
+    whole = float((codes >= 0).all(1).float().mean())
+    assert whole == pytest.approx(1 - share * 7 / 8, abs=0.08)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["residual", "factorized"])
+def test_fewer_levels_are_the_first_ones(kind: str) -> None:
+    quantizer = quantizers()[kind].train()
+    quantizer(torch.randn(4, DIM, 30))
+    latents = torch.randn(2, DIM, 9)
+    whole = quantizer.eval()(latents)
+    quantizer.num_codebooks = 2
+    fewer = quantizer(latents)
+    assert torch.equal(fewer.codes, whole.codes[:, :2])
+    torch.testing.assert_close(quantizer.lookup(fewer.codes), fewer.quantized)
+    assert not torch.allclose(fewer.quantized, whole.quantized)
+    smaller = type(quantizer)(DIM, 16, 2, *([4] if kind == "factorized" else []))  # type: ignore[call-arg]
+    smaller.load_state_dict(quantizer.first_levels(2))
+    assert torch.equal(smaller.eval()(latents).codes, fewer.codes)
+
+
+def test_factorized_levels_explain_more_and_more() -> None:
+    """After a few hundred steps each level has taken away what the next one does not have to."""
+    quantizer = FactorizedResidualQuantizer(DIM, 64, num_codebooks=3, codebook_dim=4).train()
+    optimizer = torch.optim.Adam(quantizer.parameters(), 1e-2)
+    data = torch.randn(8, DIM, 64)
+    for _ in range(150):
+        optimizer.zero_grad()
+        quantizer(data).loss.backward()
+        optimizer.step()
+    codes = quantizer.eval()(data).codes
+    left = []
+    for levels in (1, 2, 3):
+        quantizer.num_codebooks = levels
+        left.append(float((data - quantizer.lookup(codes[:, :levels])).square().mean().detach()))
+    assert left[0] < 0.7
+    assert left[1] < 0.75 * left[0]
+    assert left[2] < 0.9 * left[1]
+
+
+def test_quantizers_without_levels_leave_none_out() -> None:
+    with pytest.raises(ValueError, match="has no levels to leave out"):
+        FiniteScalarQuantizer(DIM, (4, 3)).first_levels(1)

@@ -1,3 +1,8 @@
+# pyright: strict
+# torch's own types are partly unknown, and what users give is checked whatever its annotation says.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnnecessaryIsInstance=false
+
 """The codec interface: a signal to local codes (B, K, *grid) and back.
 
 Every codec is a module with a frozen config dataclass, registered under a short name that its
@@ -36,12 +41,14 @@ class CodecOutput(NamedTuple):
     target: what `reconstruction` is compared with, same shape.
     codes: int64 (B, K, *grid).
     loss: scalar, the quantizer's own loss.
+    latents: (B, D, *grid), what was quantized; None from codecs that keep it to themselves.
     """
 
     reconstruction: Tensor
     target: Tensor
     codes: Tensor
     loss: Tensor
+    latents: Tensor | None = None
 
 
 class Codec(nn.Module, ABC):
@@ -127,7 +134,7 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, codes: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
-        """Codes (B, K, *grid) -> signal (B, C, *signal); `size` crops back to the original."""
+        """`codes` int64 (B, K, *grid) -> signal (B, C, *signal); `size` crops to the original."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> CodecOutput:
@@ -135,6 +142,10 @@ class Codec(nn.Module, ABC):
 
     def check_signal(self, x: Tensor, axes: int) -> Tensor:
         """Refuse what is not a signal for this codec; the signal in the weights' dtype.
+
+        Args:
+            x: (B, C, *signal) float in [-1, 1].
+            axes: number of signal axes.
 
         Raises:
             ValueError: wrong number of axes or channels, not float, not finite, or out of range.
@@ -157,6 +168,10 @@ class Codec(nn.Module, ABC):
     def check_codes(self, codes: Tensor, axes: int) -> None:
         """Refuse codes of the wrong grid, level count, dtype or range.
 
+        Args:
+            codes: int64 (B, K, *grid).
+            axes: number of grid axes.
+
         Raises:
             ValueError: says what was expected.
         """
@@ -175,7 +190,7 @@ class Codec(nn.Module, ABC):
             )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write `config.json` and `model.safetensors`; `dtype` stores weights in half size.
+        """Write `config.json` and `model.safetensors` into a folder, weights cast to `dtype`.
 
         A quantizer's running statistics stay behind: only training needs them, and their sums
         would not fit into half precision.

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from unimm_tokenizers.discriminators import Discriminator
-from unimm_tokenizers.losses import LeCam, discriminator_hinge, generator_hinge, r1_penalty
+from unimm_tokenizers.losses import (
+    LeCam,
+    discriminator_hinge,
+    feature_distance,
+    generator_hinge,
+    r1_penalty,
+)
 
 Pairs = Sequence[tuple[Tensor, Tensor]]  # (made, real), each (B, C, *signal)
 
@@ -28,6 +34,9 @@ class Adversary(nn.Module):
         lecam: weight of LeCAM in the discriminators' loss (Open-MAGVIT2: 0.05); 0 for none.
         r1: weight of the gradient penalty in it; 0 for none.
         r1_every: steps from one penalty to the next, which counts that many times.
+        matching: weight, beside the hinge's 1, of feature matching: L1 of what the discriminators'
+            layers make of made and real signals (MelGAN: Kumar et al., arXiv 1910.06711, section
+            2.3), each layer's against its mean (audiocraft); 0 for none.
     """
 
     def __init__(
@@ -38,14 +47,15 @@ class Adversary(nn.Module):
         lecam: float = 0.05,
         r1: float = 0.0,
         r1_every: int = 16,
+        matching: float = 0.0,
     ) -> None:
         super().__init__()
-        if not discriminators or weight < 0 or r1_every < 1:
+        if not discriminators or min(weight, matching) < 0 or r1_every < 1:
             raise ValueError(
-                "an adversary needs a discriminator, a weight of 0 or more and r1_every above 0"
+                "an adversary needs a discriminator, weights of 0 or more and r1_every above 0"
             )
         self.discriminators = nn.ModuleList(discriminators)
-        self.weight, self.start = weight, start
+        self.weight, self.start, self.matching = weight, start, matching
         self.lecam, self.r1, self.r1_every = lecam, r1, r1_every
         self.regularizers = nn.ModuleList(LeCam() for _ in discriminators)
 
@@ -57,13 +67,22 @@ class Adversary(nn.Module):
         """The codec's loss; no gradient reaches the discriminators' weights."""
         self.requires_grad_(False)
         losses = [
-            generator_hinge(scorer(made))
-            for made, _ in pairs
+            self._against(scorer, made, real)
+            for made, real in pairs
             for scorer, _ in self._members()
             if scorer.accepts(made)
         ]
         self.requires_grad_(True)
         return self.weight * torch.stack(losses).mean() if losses else pairs[0][0].new_zeros(())
+
+    def _against(self, scorer: Discriminator, made: Tensor, real: Tensor) -> Tensor:
+        """Hinge of one discriminator, and feature matching where it is asked for."""
+        if not self.matching:
+            return generator_hinge(scorer(made))
+        *inner, scores = scorer.features(made)
+        with torch.no_grad():
+            wanted = scorer.features(real)[:-1]
+        return generator_hinge(scores) + self.matching * feature_distance(inner, wanted)
 
     def loss(self, pairs: Pairs, step: int) -> dict[str, Tensor]:
         """The discriminators' own loss, by terms; empty where none accepts these signals."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from unimm.training.adversary import Adversary
 from unimm.training.optim import OptimizerConfig, build_optimizers
 from unimm.training.task import Task
 from unimm_tokenizers import Codec
-from unimm_tokenizers.losses import Objective
+from unimm_tokenizers.losses import Objective, SemanticDistillation
 from unimm_tokenizers.losses.objectives import total
 from unimm_tokenizers.quantize import UsageCounter, code_usage
 
@@ -30,6 +31,7 @@ class CodecTask(Task):
         adversary: discriminators and their weights; None trains without.
         quantizer_start: first step that quantizes; before it the codec is a plain auto-encoder.
         average: decay of a moving average of the weights, which is what is validated and exported.
+        distillation: what the first code level of sound learns from a teacher; None: nothing.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class CodecTask(Task):
         adversary: Adversary | None = None,
         quantizer_start: int = 0,
         average: float | None = None,
+        distillation: SemanticDistillation | None = None,
     ) -> None:
         super().__init__(optimizer or OptimizerConfig(), average)
         self.codec = codec.train()
@@ -49,6 +52,7 @@ class CodecTask(Task):
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.objective = objective
         self.adversary = adversary
+        self.distillation = distillation
         self.quantizer_start = quantizer_start
         self.counters = nn.ModuleDict(
             {m: UsageCounter(codec.num_codebooks, codec.codebook_size) for m in codec.modalities}
@@ -69,9 +73,11 @@ class CodecTask(Task):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """The codec's optimizers first, then the discriminators'."""
         optimizers = build_optimizers(self.codec, self.optimizer_config)
+        plain = dataclasses.replace(self.optimizer_config, matrices="adamw")
+        if self.distillation is not None:
+            optimizers += build_optimizers(self.distillation.projection, plain)
         self._codec_optimizers = len(optimizers)
         if self.adversary is not None:
-            plain = dataclasses.replace(self.optimizer_config, matrices="adamw")
             optimizers += build_optimizers(self.adversary, plain)
         return optimizers
 
@@ -92,6 +98,8 @@ class CodecTask(Task):
             made.append((output.reconstruction, output.target))
             for name, value in {**self.objective(output), "quantizer": output.loss}.items():
                 terms[f"{modality}/{name}"] = value / len(batch)
+            if self.distillation is not None:
+                terms[f"{modality}/distillation"] = self.distillation(self.codec, signals, output)
             usage = code_usage(output.codes, self.codec.codebook_size)
             self.log(f"train/{modality}/perplexity", usage.perplexity.mean())
         if self.adversary is not None:
@@ -100,9 +108,15 @@ class CodecTask(Task):
             if self.adversary.felt(step):
                 terms["adversarial"] = self.adversary.fooled(made)
         loss = total(terms)
-        norm = self.descend(loss, self.codec.parameters(), 0, self._codec_optimizers)
+        norm = self.descend(loss, self._moved(), 0, self._codec_optimizers)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
         self.log_dict({"train/loss": loss.detach(), "train/gradient_norm": norm}, prog_bar=True)
+
+    def _moved(self) -> Iterator[nn.Parameter]:
+        """Parameters that the codec's own step moves."""
+        yield from self.codec.parameters()
+        if self.distillation is not None:
+            yield from self.distillation.projection.parameters()
 
     def _train_adversary(
         self, adversary: Adversary, made: list[tuple[Tensor, Tensor]], step: int

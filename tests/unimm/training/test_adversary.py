@@ -5,6 +5,7 @@ import torch
 
 from unimm.training.adversary import Adversary
 from unimm_tokenizers.discriminators import MotionDiscriminator, PatchDiscriminator
+from unimm_tokenizers.losses import feature_distance
 
 
 def pictures(number: int = 4) -> torch.Tensor:
@@ -70,3 +71,21 @@ def test_bad_options_are_refused() -> None:
         Adversary([])
     with pytest.raises(ValueError, match="r1_every above 0"):
         adversary(r1_every=0)
+
+
+def test_feature_matching_comes_on_top_and_teaches_no_discriminator() -> None:
+    made, real = pictures().requires_grad_(), pictures()
+    torch.manual_seed(0)
+    plain = adversary(weight=1.0)
+    torch.manual_seed(0)
+    matching = adversary(weight=1.0, matching=2.0)
+    for each in (plain, matching):
+        each.eval()  # power iterations would move the weights between the calls
+    scorer = matching.discriminators[0]
+    inner, wanted = (scorer.features(x)[:-1] for x in (made, real))  # type: ignore[operator]
+    expected = plain.fooled([(made, real)]) + 2 * feature_distance(inner, wanted)
+    loss = matching.fooled([(made, real)])
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert made.grad is not None
+    assert all(p.grad is None for p in matching.parameters())

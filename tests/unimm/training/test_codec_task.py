@@ -109,6 +109,27 @@ def test_sounds_are_learned_and_reconstructions_are_written(
         assert (rate, samples.shape) == (8000, (3200,))
 
 
+def test_a_teacher_and_feature_matching_are_named_in_a_recipe(
+    audio_recipe: dict[str, Any], write_recipe: WriteRecipe
+) -> None:
+    teacher = {"class_path": "torch.nn.AvgPool1d", "init_args": {"kernel_size": 80}}
+    scorer = {"class_path": "unimm_tokenizers.discriminators.PatchDiscriminator"}
+    changes = {
+        "model.init_args.distillation": {
+            "class_path": "unimm_tokenizers.losses.SemanticDistillation",
+            "init_args": {"teacher": teacher, "teacher_channels": 1, "latent_channels": 64},
+        },
+        "model.init_args.adversary": {
+            "discriminators": [{**scorer, "init_args": {"num_channels": 1, "channels": 4}}],
+            "matching": 2.0,
+        },
+    }
+    launch(["-c", str(write_recipe(audio_recipe, **changes))])
+    rows = metrics(Path(audio_recipe["trainer"]["default_root_dir"]))
+    assert {"train/audio/distillation", "train/adversarial"} <= rows[0].keys()
+    assert rows[0]["train/audio/distillation"] > 0
+
+
 def test_reconstructed_pictures_stand_below_the_originals(
     image_recipe: dict[str, Any], write_recipe: WriteRecipe
 ) -> None:

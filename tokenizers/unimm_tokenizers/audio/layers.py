@@ -1,12 +1,60 @@
-"""Causal one-dimensional layers; x: (B, C, T). Nothing sees a later frame."""
+"""Causal one-dimensional layers; x: (B, C, T). Nothing sees a later frame.
+
+Each layer can also go on from where it stopped: `step(x, past)` gives what `forward` would have
+given for x behind all that came before, and the past of what comes next. The caller owns the past.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# What a layer must know of what came before: frames (B, C, n), or the pasts of its parts.
+Past: TypeAlias = Tensor | tuple["Past | None", ...]
 
-class CausalConv(nn.Module):
+SHORT = 32  # outputs up to which a chunk is worth other arithmetic
+
+
+def tail(x: Tensor, count: int) -> Tensor:
+    """The last `count` frames (B, C, count), as a copy: a view would keep all of x alive."""
+    return x[..., x.shape[-1] - count :].clone()
+
+
+class Causal(nn.Module):
+    """A layer with a past. A new sound has none, which counts as silence before it."""
+
+    def step(self, x: Tensor, past: Past | None) -> tuple[Tensor, Past]:
+        """(B, C, T) behind `past` -> output, and the past of the next chunk."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T), a whole sound -> output."""
+        return self.step(x, None)[0]
+
+
+class CausalStack(nn.Sequential):
+    """Layers one after the other; those without a past work frame by frame."""
+
+    def step(self, x: Tensor, past: Past | None) -> tuple[Tensor, Past]:
+        """See `Causal.step`."""
+        pasts = (None,) * len(self) if past is None else past
+        assert isinstance(pasts, tuple)
+        kept: list[Past | None] = []
+        for layer, before in zip(self, pasts, strict=True):
+            if isinstance(layer, Causal):
+                x, after = layer.step(x, before)
+                kept.append(after)
+            else:
+                x = layer(x)
+                kept.append(None)
+        return x, tuple(kept)
+
+
+class CausalConv(Causal):
     """Convolution padded on the left only; T must be a multiple of the stride.
 
     (B, C, T) -> (B, C', T / stride).
@@ -17,14 +65,32 @@ class CausalConv(nn.Module):
     ) -> None:
         super().__init__()
         self.past = (kernel - 1) * dilation + 1 - stride
+        self.short = self.past + SHORT * stride
         self.conv = nn.Conv1d(channels, out_channels, kernel, stride=stride, dilation=dilation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T) -> (B, C', T / stride)."""
-        return self.conv(F.pad(x, (self.past, 0)))
+    def step(self, x: Tensor, past: Past | None) -> tuple[Tensor, Past]:
+        """See `Causal.step`; the past is the last inputs, (B, C, past)."""
+        if past is None:
+            x = F.pad(x, (self.past, 0))
+        else:
+            assert isinstance(past, Tensor)
+            x = torch.cat([past, x], dim=2)
+        y = self._few(x) if past is not None and x.shape[-1] <= self.short else self.conv(x)
+        return y, tail(x, self.past)
+
+    def _few(self, x: Tensor) -> Tensor:
+        """The convolution as one product of matrices: `F.conv1d` rearranges its weights first."""
+        (stride,), (dilation,), (kernel,) = (
+            self.conv.stride,
+            self.conv.dilation,
+            self.conv.kernel_size,
+        )
+        seen = x.unfold(2, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+        rows = seen.transpose(1, 2).flatten(2)
+        return F.linear(rows, self.conv.weight.flatten(1), self.conv.bias).transpose(1, 2)
 
 
-class CausalUpsample(nn.Module):
+class CausalUpsample(Causal):
     """Transposed convolution, kernel twice the stride (no checkerboard), cut to be causal.
 
     (B, C, T) -> (B, C', T * stride).
@@ -35,24 +101,80 @@ class CausalUpsample(nn.Module):
         self.stride = stride
         self.conv = nn.ConvTranspose1d(channels, out_channels, 2 * stride, stride=stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T) -> (B, C', T * stride)."""
-        return self.conv(x)[..., : -self.stride]
+    def step(self, x: Tensor, past: Past | None) -> tuple[Tensor, Past]:
+        """See `Causal.step`; the past is the last input, (B, C, 1)."""
+        if past is None:
+            return self.conv(x)[..., : -self.stride], tail(x, 1)
+        assert isinstance(past, Tensor)
+        known = torch.cat([past, x], dim=2)
+        if x.shape[-1] > SHORT:
+            return self.conv(known)[..., self.stride : -self.stride], tail(x, 1)
+        # As in `CausalConv`; each input gives the head of its outputs, and adds to the next one's.
+        both = known.transpose(1, 2) @ self.conv.weight.flatten(1)
+        head, rest = both.unflatten(2, (-1, 2 * self.stride)).split(self.stride, dim=3)
+        y = (head[:, 1:] + rest[:, :-1]).transpose(1, 2).flatten(2)
+        bias = self.conv.bias
+        assert bias is not None
+        return y + bias[:, None], tail(x, 1)
 
 
-class ResidualUnit(nn.Module):
-    """ELU, dilated convolution (kernel 7 or 3), ELU, 1x1, added to the input."""
+class Snake(nn.Module):
+    """x + sin(a x)^2 / a with a learned a per channel (Ziyin et al., arXiv 2006.08195; DAC)."""
 
-    def __init__(self, channels: int, dilation: int, kernel: int = 7) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.past = (kernel - 1) * dilation
-        self.body = nn.Sequential(
-            nn.ELU(),
-            CausalConv(channels, channels, kernel, dilation=dilation),
-            nn.ELU(),
-            nn.Conv1d(channels, channels, 1),
-        )
+        self.frequency = nn.Parameter(torch.ones(channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T) -> (B, C, T)."""
-        return x + self.body(x)
+        return x + (self.frequency * x).sin().square() / (self.frequency + 1e-9)
+
+
+def activation(name: str, channels: int) -> nn.Module:
+    """ "elu" or "snake"."""
+    return nn.ELU() if name == "elu" else Snake(channels)
+
+
+class ResidualUnit(Causal):
+    """Activation, dilated convolution (kernel 7 or 3), activation, 1x1, added to the input.
+
+    Args:
+        channels: C.
+        dilation: of the convolution.
+        kernel: of the convolution.
+        compress: how many times fewer channels there are between the convolutions.
+        act: see `activation`.
+    """
+
+    def __init__(
+        self, channels: int, dilation: int, kernel: int = 7, compress: int = 1, act: str = "elu"
+    ) -> None:
+        super().__init__()
+        inner = channels // compress
+        self.past = (kernel - 1) * dilation
+        self.body = CausalStack(
+            activation(act, channels),
+            CausalConv(channels, inner, kernel, dilation=dilation),
+            activation(act, inner),
+            nn.Conv1d(inner, channels, 1),
+        )
+
+    def step(self, x: Tensor, past: Past | None) -> tuple[Tensor, Past]:
+        """See `Causal.step`."""
+        y, kept = self.body.step(x, past)
+        return x + y, kept
+
+
+def reach(layers: Iterable[nn.Module]) -> int:
+    """Inputs before its own block of `stride` that one output of these layers can depend on.
+
+    Of layers that only shrink time, or keep it.
+    """
+    total, rate = 0, 1
+    for layer in layers:
+        if isinstance(layer, CausalConv):
+            total += layer.past * rate
+            rate *= layer.conv.stride[0]
+        elif hasattr(layer, "past"):
+            total += int(layer.past) * rate  # pyright: ignore[reportArgumentType]
+    return total

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from unimm_tokenizers.discriminators.base import Discriminator
+from unimm_tokenizers.discriminators.base import Discriminator, outputs
 
 
 class MotionDiscriminator(Discriminator):
@@ -39,6 +39,6 @@ class MotionDiscriminator(Discriminator):
         """Films alone, and none too short to move."""
         return x.ndim == 5 and x.shape[2] >= 3
 
-    def forward(self, x: Tensor) -> Tensor:
-        """-> scores (B, 1, T - 2, h, w)."""
-        return self.body(x)
+    def features(self, x: Tensor) -> list[Tensor]:
+        """See `Discriminator.features`; scores (B, 1, T - 2, h, w)."""
+        return outputs(self.body, x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from unimm_tokenizers.discriminators.base import Discriminator
+from unimm_tokenizers.discriminators.base import Discriminator, outputs
 
 
 class PatchDiscriminator(Discriminator):
@@ -28,10 +28,10 @@ class PatchDiscriminator(Discriminator):
         layers += [spectral_norm(nn.Conv2d(width, 1, 3, padding=1))]
         self.body = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """-> scores (N, 1, h, w)."""
+    def features(self, x: Tensor) -> list[Tensor]:
+        """See `Discriminator.features`; scores (N, 1, h, w)."""
         if x.ndim == 5:
             x = x.transpose(1, 2).flatten(0, 1)
         elif x.ndim == 3:
             x = x[:, None]
-        return self.body(x)
+        return outputs(self.body, x)

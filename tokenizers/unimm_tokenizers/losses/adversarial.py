@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,15 @@ def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
 def generator_hinge(fake: Tensor) -> Tensor:
     """Scalar loss of the codec, from the scores of what it made."""
     return -fake.float().mean()
+
+
+def feature_distance(made: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+    """Mean over layers of L1 between a discriminator's features, by the real ones' mean size."""
+    distances = [
+        F.l1_loss(a.float(), b.float()) / b.float().abs().mean().clamp(min=1e-5)
+        for a, b in zip(made, real, strict=True)
+    ]
+    return torch.stack(distances).mean()
 
 
 class LeCam(nn.Module):

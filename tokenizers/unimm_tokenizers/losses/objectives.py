@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unimm_tokenizers.audio.spectral import unscaled
 from unimm_tokenizers.codec import CodecOutput
 from unimm_tokenizers.losses.perceptual import Lpips, StructuralDistance
-from unimm_tokenizers.losses.spectral import MultiResolutionSTFT
+from unimm_tokenizers.losses.spectral import MultiResolutionSTFT, MultiScaleMel, mel_filters
 
 
 class Objective(nn.Module, ABC):
@@ -74,11 +75,12 @@ class PictureObjective(Objective):
 
 
 class WaveformObjective(Objective):
-    """L1 of samples and multi-resolution spectral distance of sound (B, C, T).
+    """L1 of samples, multi-resolution spectral distance and mel distance of sound (B, C, T).
 
     Args:
-        l1, spectral: weights of the terms.
+        l1, spectral, mel: weights of the terms; without weight no mel term.
         windows: window lengths of the spectral term, in samples.
+        sample_rate: of the sound, in Hz, for the mel term.
     """
 
     def __init__(
@@ -86,18 +88,24 @@ class WaveformObjective(Objective):
         l1: float = 1.0,
         spectral: float = 1.0,
         windows: tuple[int, ...] = (128, 256, 512, 1024),
+        mel: float = 0.0,
+        sample_rate: int = 24000,
     ) -> None:
         super().__init__()
-        self.l1, self.spectral = l1, spectral
+        self.l1, self.spectral, self.mel = l1, spectral, mel
+        self.bands = MultiScaleMel(sample_rate) if mel else None
         self.distance = MultiResolutionSTFT(tuple(windows))
 
     def forward(self, output: CodecOutput) -> dict[str, Tensor]:
         """See `Objective.forward`."""
         made, real = output.reconstruction.float(), output.target.float()
-        return {
+        terms = {
             "l1": self.l1 * F.l1_loss(made, real),
             "spectral": self.spectral * self.distance(made, real),
         }
+        if self.bands is not None:
+            terms["mel"] = self.mel * self.bands(made, real)
+        return terms
 
 
 class SpectrumObjective(Objective):
@@ -124,6 +132,44 @@ class SpectrumObjective(Objective):
             "l1": self.l1 * (weight * difference.abs()).mean(),
             "l2": self.l2 * (weight * difference.square()).mean(),
         }
+
+
+class MelSpectrumObjective(SpectrumObjective):
+    """`SpectrumObjective`, and L1 of log mel magnitudes, which is how ears share out the bins.
+
+    Args:
+        l1, l2, loudness: see `SpectrumObjective`.
+        mel: weight of the mel term.
+        sample_rate: of the sound, in Hz.
+        window: its spectrum's window, in samples: bins are window // 2 + 1.
+        bands: numbers of mel bands, each a term of its own.
+    """
+
+    def __init__(
+        self,
+        l1: float = 1.0,
+        l2: float = 1.0,
+        loudness: float = 4.0,
+        mel: float = 1.0,
+        sample_rate: int = 16000,
+        window: int = 640,
+        bands: tuple[int, ...] = (20, 80),
+    ) -> None:
+        super().__init__(l1, l2, loudness)
+        self.mel = mel
+        self.filters = [mel_filters(sample_rate, window, count) for count in bands]
+
+    def forward(self, output: CodecOutput) -> dict[str, Tensor]:
+        """See `Objective.forward`."""
+        # A magnitude is below e^8 for any window that fits into memory.
+        made, real = (
+            unscaled(x.float()).clamp(max=8).exp() for x in (output.reconstruction, output.target)
+        )
+        distances = [
+            ((filters.to(made) @ made).log() - (filters.to(made) @ real).log()).abs().mean()
+            for filters in self.filters
+        ]
+        return {**super().forward(output), "mel": self.mel * torch.stack(distances).mean()}
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:

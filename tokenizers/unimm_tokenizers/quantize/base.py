@@ -41,6 +41,14 @@ class Quantizer(nn.Module, ABC):
     def restart_statistics(self) -> None:
         """Set the statistics to what they would be had each code been used once."""
 
+    def first_levels(self, count: int) -> dict[str, Tensor]:
+        """State of a quantizer that has only the first `count` of these levels.
+
+        Raises:
+            ValueError: this kind has no levels that could be left out.
+        """
+        raise ValueError(f"{type(self).__name__} has no levels to leave out")
+
     def upgraded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """This quantizer's stored tensors under the names that they have today."""
         return state
@@ -56,6 +64,10 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def quantize(self, latents: Tensor) -> Quantized:
         """`forward` without the warm-up."""
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Codes (B, K, *grid) alone, for use and not for training."""
+        return self(latents).codes
 
     @abstractmethod
     def lookup(self, codes: Tensor) -> Tensor:

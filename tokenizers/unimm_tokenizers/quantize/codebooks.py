@@ -15,13 +15,40 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimm_kernels import code_sums, nearest_code
-from unimm_tokenizers.ranks import from_first_rank, gather_rows, sum_over_ranks, world_size
+from unimm_tokenizers.ranks import (
+    from_first_rank,
+    gather_rows,
+    least_over_ranks,
+    sum_over_ranks,
+    world_size,
+)
 
 WINDOW = 16  # vectors per code that the averages reach back
 FASTEST = 0.97  # decay at least, however large the batch
 IDLE = 32  # vectors per code after which a code that none of them chose is dead
 CANDIDATES = 1024  # vectors that may replace dead codes in one step, fixed for all ranks
 KMEANS_ROUNDS = 10
+
+
+class StartPool:
+    """Vectors of the first training batches: one batch is too few to start a large codebook from.
+
+    Args:
+        size: vectors that are wanted, from all ranks together.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.share = -(-size // world_size())
+        self.parts: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> Tensor | None:
+        """Keep vectors (n, d); all that were kept, once every rank has its share."""
+        have = sum(len(part) for part in self.parts)
+        self.parts.append(rows[: self.share - have])
+        if least_over_ranks(have + len(self.parts[-1]), rows.device) < self.share:
+            return None
+        pool, self.parts = torch.cat(self.parts), []
+        return pool
 
 
 class MovingCodebooks(nn.Module):

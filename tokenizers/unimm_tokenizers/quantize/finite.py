@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from vector_quantize_pytorch import FSQ
 
 from unimm_tokenizers.quantize.base import Quantized, Quantizer
 
@@ -24,6 +23,9 @@ class FiniteScalarQuantizer(Quantizer):
     """
 
     def __init__(self, dim: int, levels: tuple[int, ...]) -> None:
+        # Late: with it come sympy and torch.compile's front end, half of the library's import time.
+        from vector_quantize_pytorch import FSQ
+
         super().__init__()
         if not levels or min(levels) < 3:
             raise ValueError(f"finite scalar levels must each be 3 or more, got {levels}")
@@ -43,5 +45,10 @@ class FiniteScalarQuantizer(Quantizer):
     def lookup(self, codes: Tensor) -> Tensor:
         """See `Quantizer.lookup`."""
         grid = codes.shape[2:]
-        quantized = self.fsq.indices_to_codes(codes.flatten(1))
+        # FSQ's own way back makes float32 of integers, whatever its projection's dtype is.
+        levels, basis = self.fsq.get_buffer("_levels"), self.fsq.get_buffer("_basis")
+        digits, middle = codes.flatten(1)[..., None] // basis % levels, levels // 2
+        project = self.fsq.project_out
+        dtype = next((p.dtype for p in project.parameters()), torch.float32)
+        quantized = project(((digits - middle) / middle).to(dtype))
         return quantized.transpose(1, 2).unflatten(2, grid)

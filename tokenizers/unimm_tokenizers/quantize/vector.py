@@ -16,11 +16,20 @@ from torch.nn import functional as F
 
 from unimm_kernels import residual_nearest_code
 from unimm_tokenizers.quantize.base import Quantized, Quantizer
-from unimm_tokenizers.quantize.codebooks import MovingCodebooks
-from unimm_tokenizers.ranks import least_over_ranks, world_size
+from unimm_tokenizers.quantize.codebooks import MovingCodebooks, StartPool
 
 COMMITMENT = 0.25
 POOL = 2  # vectors per code that k-means starts from
+
+
+def random_levels(rows: Tensor, count: int, dropout: float) -> Tensor:
+    """How many levels each row of a batch gets: int64 (B,); `dropout`: the share with fewer."""
+    levels = torch.full(rows.shape[:1], count, device=rows.device)
+    if dropout:
+        fewer = torch.randint(1, count + 1, rows.shape[:1], device=rows.device)
+        chosen = torch.rand(rows.shape[:1], device=rows.device) < dropout
+        levels = torch.where(chosen, fewer, levels)
+    return levels
 
 
 class ResidualVectorQuantizer(Quantizer):
@@ -32,11 +41,11 @@ class ResidualVectorQuantizer(Quantizer):
     Args:
         dim: channels D of the latents.
         codebook_size: codes per level.
-        num_codebooks: K.
+        num_codebooks: K; a smaller number, set later, uses the first levels alone.
         codebook_dim: channels in which codes live; None: D itself.
         cosine: compare on the unit sphere (LlamaGen's choice for pictures); K = 1 only.
-        dropout: while training, give each row of the batch a random number of levels (a ladder of
-            bitrates); levels that are left out have code -1.
+        dropout: share of the rows of a training batch that get a random number of levels (DAC:
+            0.5), which makes a ladder of bitrates; levels that are left out have code -1.
     """
 
     statistics = ("codebooks.counts", "codebooks.sums", "codebooks.idle")
@@ -48,7 +57,7 @@ class ResidualVectorQuantizer(Quantizer):
         num_codebooks: int = 1,
         codebook_dim: int | None = None,
         cosine: bool = False,
-        dropout: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if cosine and num_codebooks > 1:
@@ -63,7 +72,7 @@ class ResidualVectorQuantizer(Quantizer):
         self.codebooks = MovingCodebooks(num_codebooks, codebook_size, width, cosine=cosine)
         self.started: Tensor
         self.register_buffer("started", torch.tensor(False))
-        self._pool: list[Tensor] = []
+        self._pool = StartPool(POOL * codebook_size)
 
     def restart_statistics(self) -> None:
         """See `Quantizer.restart_statistics`."""
@@ -73,9 +82,8 @@ class ResidualVectorQuantizer(Quantizer):
         """See `Quantizer.quantize`."""
         grid = latents.shape[2:]
         with torch.autocast(latents.device.type, enabled=False):
-            rows = self.project_in(latents.float().flatten(2).transpose(1, 2))
-            rows = F.normalize(rows, dim=-1) if self.cosine else rows
-            if self.training and not self.started and not self._gathered(rows.detach()):
+            rows = self._rows(latents)
+            if self.training and not self._start(rows.detach()):
                 shape = (len(latents), self.num_codebooks, *grid)
                 codes = torch.full(shape, -1, device=latents.device)
                 passed = self.project_out(rows).transpose(1, 2).unflatten(2, grid)
@@ -85,15 +93,30 @@ class ResidualVectorQuantizer(Quantizer):
         quantized = quantized.transpose(1, 2).unflatten(2, grid)
         return Quantized(quantized, codes.unflatten(2, grid), loss)
 
+    def nearest(self, latents: Tensor) -> Tensor:
+        """See `Quantizer.nearest`."""
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+            codes = self._search(self._rows(latents))
+        return codes.transpose(0, 1).unflatten(2, latents.shape[2:])
+
+    def _rows(self, latents: Tensor) -> Tensor:
+        """Latents (B, D, *grid) -> vectors (B, N, d) where the codes live."""
+        rows = self.project_in(latents.float().flatten(2).transpose(1, 2))
+        return F.normalize(rows, dim=-1) if self.cosine else rows
+
+    def _search(self, rows: Tensor) -> Tensor:
+        """(B, N, d) -> codes (K, B, N)."""
+        metric = "cosine" if self.cosine else "euclidean"
+        books = self.codebooks.codes[: self.num_codebooks]
+        codes = residual_nearest_code(rows.flatten(0, 1), books, metric=metric)
+        return codes.T.unflatten(1, rows.shape[:2])
+
     def _code(self, rows: Tensor) -> Quantized:
         """(B, N, d) -> sum of codes (B, N, d), codes (B, K, N), loss."""
-        flat = rows.detach().flatten(0, 1)
-        metric = "cosine" if self.cosine else "euclidean"
-        codes = residual_nearest_code(flat, self.codebooks.codes, metric=metric)
-        codes = codes.T.unflatten(1, rows.shape[:2])  # (K, B, N)
+        books, codes = self.codebooks.codes[: self.num_codebooks], self._search(rows.detach())
         # Codes as they are now: the update below moves them in place.
-        vectors = [book[level] for book, level in zip(self.codebooks.codes, codes, strict=True)]
-        levels = self._levels(rows)
+        vectors = [book[level] for book, level in zip(books, codes, strict=True)]
+        levels = random_levels(rows, self.num_codebooks, self.dropout if self.training else 0.0)
         total, loss = torch.zeros_like(rows), rows.new_zeros(())
         for level, vector in enumerate(vectors):
             residual = rows - total
@@ -108,34 +131,34 @@ class ResidualVectorQuantizer(Quantizer):
         codes = codes.masked_fill(dropped[:, :, None], -1).transpose(0, 1)
         return Quantized(kept, codes, loss)
 
-    def _levels(self, rows: Tensor) -> Tensor:
-        """Levels of each row of the batch: int64 (B,)."""
-        if self.training and self.dropout:
-            return torch.randint(1, self.num_codebooks + 1, rows.shape[:1], device=rows.device)
-        return torch.full(rows.shape[:1], self.num_codebooks, device=rows.device)
-
-    def _gathered(self, rows: Tensor) -> bool:
-        """Keep vectors until every rank has its share; then start the codebooks."""
-        share = -(-POOL * self.codebook_size // world_size())
-        have = sum(len(part) for part in self._pool)
-        self._pool.append(rows.flatten(0, 1)[: share - have])
-        if least_over_ranks(have + len(self._pool[-1]), rows.device) < share:
-            return False
-        self.codebooks.start(torch.cat(self._pool))
-        self._pool = []
-        self.started.fill_(True)
-        return True
+    def _start(self, rows: Tensor) -> bool:
+        """Whether the codebooks have started, with these vectors or before."""
+        if self.started:
+            return True
+        pool = self._pool.add(rows.flatten(0, 1))
+        if pool is not None:
+            self.codebooks.start(pool)
+            self.started.fill_(True)
+        return pool is not None
 
     def lookup(self, codes: Tensor) -> Tensor:
         """See `Quantizer.lookup`; levels with code -1 add nothing."""
         grid = codes.shape[2:]
         flat = codes.flatten(2)
+        books = self.codebooks.codes[: codes.shape[1]]
         vectors = [
-            book[codes.clamp(min=0)] * (codes >= 0)[..., None]
-            for book, codes in zip(self.codebooks.codes, flat.unbind(1), strict=True)
+            book[level.clamp(min=0)] * (level >= 0)[..., None]
+            for book, level in zip(books, flat.unbind(1), strict=True)
         ]
-        total = torch.stack(vectors).sum(0)
+        total = vectors[0]
+        for vector in vectors[1:]:  # one by one, so that no sum depends on how much is looked up
+            total = total + vector
         return self.project_out(total).transpose(1, 2).unflatten(2, grid)
+
+    def first_levels(self, count: int) -> dict[str, Tensor]:
+        """See `Quantizer.first_levels`."""
+        state = self.state_dict()
+        return {k: v[:count] if k.startswith("codebooks.") else v for k, v in state.items()}
 
     def upgraded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Quantizer.upgraded`: files of 0.1 hold one (1, K, d) tensor per level."""
