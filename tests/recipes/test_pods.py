@@ -26,6 +26,10 @@ from unimm.training.pod import exit_code, main
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LAUNCHED = sorted(path.parent.name for path in RECIPES.glob("*/launch"))
+# A codec's losses do not begin at chance; its debug run is tested with the codecs'.
+DECODERS = [
+    name for name in LAUNCHED if "LanguageTask" in (RECIPES / name / "debug.yaml").read_text()
+]
 FILES = {"local.sh", "slurm.sbatch", "sky.yaml", "jobset.yaml", "trainjob.yaml"}
 MODELS = sorted(
     path
@@ -47,7 +51,8 @@ def shape_of(path: Path) -> ModelConfig:
 
 
 def test_every_recipe_has_all_parts() -> None:
-    assert LAUNCHED == ["dialpad", "digits", "photos", "pod-1b", "pod-350m", "pod-8b"]
+    assert DECODERS == ["dialpad", "digits", "photos", "pod-1b", "pod-350m", "pod-8b"]
+    assert [*DECODERS, "semantic"] == LAUNCHED
     for name in LAUNCHED:
         assert {path.name for path in (RECIPES / name / "launch").iterdir()} == FILES
         for part in ("debug.yaml", "data.md", "expected.json", "README.md"):
@@ -98,7 +103,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tokens"
 
 
-@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("name", DECODERS)
 def test_a_debug_run_learns_what_is_expected(
     name: str, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +124,7 @@ def test_a_debug_run_learns_what_is_expected(
     assert (tmp_path / "checkpoints/final.ckpt").is_file()
 
 
-@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("name", DECODERS)
 def test_expected_losses_begin_at_chance(name: str) -> None:
     held = json.loads((RECIPES / name / "expected.json").read_text())
     assert 0 < held["tolerance"] <= 0.2

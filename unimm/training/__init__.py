@@ -8,6 +8,7 @@ from unimm.training.expected import ExpectedLosses
 from unimm.training.language import LanguageTask
 from unimm.training.optim import GroupRule, OptimizerConfig
 from unimm.training.scale import ScaleConfig
+from unimm.training.semantic import SemanticTask
 from unimm.training.sharded import ShardedStrategy
 from unimm.training.spikes import SpikeRewind
 from unimm.training.stops import NonFinite, Preempted, RunStopped
@@ -26,6 +27,7 @@ __all__ = [
     "RunCheckpoints",
     "RunStopped",
     "ScaleConfig",
+    "SemanticTask",
     "ShardedStrategy",
     "SpikeRewind",
     "Throughput",

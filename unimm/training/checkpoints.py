@@ -240,6 +240,9 @@ class RunCheckpoints(lightning.Callback):
     Args:
         every: steps between two; None: a tenth of the run, 100 at least.
         keep: how many of them stay.
+
+    Raises:
+        ValueError: a number is below 1.
     """
 
     def __init__(self, every: int | None = None, keep: int = 2) -> None:
@@ -275,7 +278,12 @@ class RunCheckpoints(lightning.Callback):
         self.save(trainer, FINAL)
 
     def save(self, trainer: lightning.Trainer, name: str | None = None) -> None:
-        """Write one now, on all processes together; once per step."""
+        """Write one of this trainer now, on all processes together; once per step.
+
+        Args:
+            trainer: whose state is written.
+            name: of the file; None: `step=N.ckpt`.
+        """
         if name is None and self._last == trainer.global_step:
             return
         self._last = trainer.global_step

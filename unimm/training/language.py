@@ -66,7 +66,7 @@ class LanguageTask(Task):
         self._validated: Tally | None = None
 
     def made(self, config: ModelConfig, bundle: str) -> UnifiedLM:
-        """The model, untrained; a bundle's own weights are for tasks that go on from them."""
+        """The model of a config, untrained; tasks that go on from `bundle` read its weights."""
         with torch.device("meta" if self.scale.deferred else "cpu"):
             return UnifiedLM(config)
 

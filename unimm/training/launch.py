@@ -7,6 +7,7 @@ again, a recipe resumes from the newest checkpoint of its folder that is whole.
 from __future__ import annotations
 
 import csv
+import hashlib
 import logging
 import warnings
 from argparse import ArgumentError
@@ -20,7 +21,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from unimm.training.checkpoints import (
     CHECKPOINTS,
@@ -59,7 +60,16 @@ _EXPECTED = (
 
 
 class _CLI(LightningCLI):
-    """LightningCLI with a run folder: checkpoints, logs and resumption in one place."""
+    """LightningCLI with a run folder: checkpoints, logs and resumption in one place.
+
+    Args:
+        wandb: project of Weights & Biases to log to, beside the folder; None: none.
+        given: see LightningCLI.
+    """
+
+    def __init__(self, wandb: str | None, **given: Any) -> None:
+        self._wandb = wandb
+        super().__init__(**given)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Add logs, checkpoints and what watches a run to what the recipe asks for."""
@@ -70,6 +80,7 @@ class _CLI(LightningCLI):
             kwargs["logger"] = [
                 CSVLogger(run, name=LOGS, version=""),
                 TensorBoardLogger(run, name=LOGS, version="tensorboard"),
+                *([] if self._wandb is None else [_wandb_logger(run, self._wandb)]),
             ]
         kwargs["enable_checkpointing"] = False  # ours are added below
         if settings.get("plugins") is None and SLURMEnvironment.detect():
@@ -98,6 +109,20 @@ class _CLI(LightningCLI):
                 _keep_log(logger, step)
 
 
+def _wandb_logger(run: Path, project: str) -> Logger:
+    """The same run of Weights & Biases whenever the folder's run goes on."""
+    try:
+        return WandbLogger(
+            run.name,
+            run,
+            id=hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12],
+            project=project,
+            resume="allow",
+        )
+    except ModuleNotFoundError:
+        raise ValueError("--wandb: wandb is not installed: pip install 'unimm[wandb]'") from None
+
+
 def _complete(trainer: lightning.Trainer) -> None:
     """Add the callbacks that every run has; those that the recipe names itself stay as they are."""
     callbacks: list[lightning.Callback] = trainer.callbacks  # pyright: ignore
@@ -124,12 +149,15 @@ def _keep_log(logger: CSVLogger, step: int) -> None:
     logger.experiment.save()
 
 
-def launch(arguments: Sequence[str], *, subcommand: str = "fit") -> LightningCLI:
+def launch(
+    arguments: Sequence[str], *, subcommand: str = "fit", wandb: str | None = None
+) -> LightningCLI:
     """Run a recipe.
 
     Args:
         arguments: `-c recipe.yaml` and dotted overrides.
         subcommand: "fit" or "validate".
+        wandb: project of Weights & Biases to log to, too, where the recipe names no logger.
 
     Raises:
         ValueError: the recipe has an unknown or ill-typed key, or asks for what this machine does
@@ -143,6 +171,7 @@ def launch(arguments: Sequence[str], *, subcommand: str = "fit") -> LightningCLI
             warnings.filterwarnings("ignore", message, category)
         try:
             return _CLI(
+                wandb,
                 model_class=Task,
                 datamodule_class=lightning.LightningDataModule,
                 subclass_mode_model=True,

@@ -46,7 +46,8 @@ class GroupRule:
 class OptimizerConfig:
     """How parameters move.
 
-    learning_rate: AdamW's peak. matrix_learning_rate: Muon's peak, used with matrices="muon".
+    learning_rate: AdamW's peak. betas: its decay rates. weight_decay: decoupled, of matrices.
+    matrix_learning_rate: Muon's peak, used with matrices="muon".
     warmup: steps of linear rise. decay: share of the steps, at the end, of the fall to `floor`
     (1: the whole run; 0.2: the warmup-stable-decay schedule of arXiv 2404.06395, section 4).
     shape: of that fall, a line or half a cosine (Loshchilov and Hutter, arXiv 1608.03983).

@@ -40,6 +40,9 @@ class ShardedStrategy(ModelParallelStrategy):
         data_parallel_size: processes with data of their own; "auto": all over the other size.
         tensor_parallel_size: processes that compute a row together; a divisor of the key heads.
         timeout_seconds: after which a process that does not answer ends the run.
+
+    Raises:
+        ValueError: a size is neither a number nor "auto".
     """
 
     def __init__(

@@ -34,6 +34,9 @@ class SpikeRewind(lightning.Callback):
         window: steps whose mean is compared with; nothing is a spike before it is full.
         patience: steps in a row.
         limit: rewinds of a run, after which the next spike ends it with exit code 76.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     def __init__(

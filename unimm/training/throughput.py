@@ -63,6 +63,9 @@ class Throughput(lightning.Callback):
     Args:
         every: steps that one figure is the mean of.
         peak_tflops: of one device, dense, in the precision of the run; None: from the table.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     def __init__(self, every: int = 50, peak_tflops: float | None = None) -> None:

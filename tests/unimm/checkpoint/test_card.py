@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 import yaml
+from PIL import Image
 
-from unimm.checkpoint import Card, Score, sha256
+from unimm import build_codec
+from unimm.checkpoint import Card, Score, scores_of, sha256
+from unimm.evaluation.reconstruction import Protocol, make_sample, run
+from unimm_tokenizers.adapters import classical
 
 
 def test_the_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
@@ -39,3 +44,23 @@ def test_the_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
     unknown = Card(title="Other").text({})
     assert "not stated" in unknown
     assert "Not measured" in unknown
+
+
+def test_a_measured_reconstruction_stands_in_the_card(tmp_path: Path) -> None:
+    """What the benchmark wrote is read as it is; files to compare with are no part of the model."""
+    sample = make_sample("one", Image.new("RGB", (16, 16), "teal"))
+    codecs = {"mine": build_codec("vision-tiny-f8"), "jpeg:60": classical("jpeg:60")}
+    results = run(codecs, [sample], Protocol(split="one square", probes=False, exactness=0))
+    results.save(tmp_path)
+    scores = scores_of(tmp_path)
+    assert {score.codec for score in scores} == {"mine"}
+    assert {score.data for score in scores} == {"one square, 1 images"}
+    (psnr,) = [score.value for score in scores if score.figure == "psnr"]
+    (summary, _) = results.summaries
+    assert float(psnr) == pytest.approx(summary.means["psnr"].value, rel=1e-3)
+    assert f"| mine | one square, 1 images | psnr | {psnr} |" in Card(
+        title="M", scores=scores
+    ).text({})
+    (tmp_path / "results.json").write_text('{"accuracy": {}}')
+    with pytest.raises(ValueError, match=r"results\.json: these are no results of `unimm bench`"):
+        scores_of(tmp_path)

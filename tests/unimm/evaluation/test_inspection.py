@@ -1,11 +1,13 @@
 """What `unimm inspect` says of everything that the library writes."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from unimm.checkpoint import seal
 from unimm.data.manifest import Manifest
@@ -222,6 +224,28 @@ def test_what_is_damaged_is_named(raw_shards: Path, token_shards: Path, tmp_path
         inspect(shard)
     with pytest.raises(ValueError, match=r"its manifest says \d+; make it again"):
         inspect(shard.parent)
+
+
+def test_parts_of_a_bundle(model_bundle: Path, tmp_path: Path) -> None:
+    tok = UnifiedTokenizer.from_pretrained(model_bundle)
+    fingerprint = tok.vocabulary.fingerprint[:12]
+    assert f"fingerprint {fingerprint}" in inspect(model_bundle / "vocabulary.json")
+    assert f"text model: {tok.text.size:,} pieces" in inspect(model_bundle / "text.model")
+    weights = inspect(model_bundle / "lm/model.safetensors")
+    assert re.search(r"embedding\.weight +F32 +\d+ x \d+\n", weights)
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10")
+    with pytest.raises(ValueError, match=r"cut\.safetensors: damaged safetensors file"):
+        inspect(tmp_path / "cut.safetensors")
+
+
+def test_a_hugging_face_model(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "vocab_size": 330, "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"lm_head.weight": torch.zeros(330, 8)}, tmp_path / "model.safetensors")
+    found = inspect(tmp_path)
+    assert found.splitlines()[0] == f"Hugging Face model {tmp_path}: 1 tensors"
+    assert rows(found)["vocab_size"] == "330"
+    assert "`unimm convert`" in found
 
 
 def test_what_can_not_be_inspected_is_said(tmp_path: Path) -> None:
