@@ -1,6 +1,7 @@
 """Classical codecs as codecs of bytes: every byte counts, and rates are kept."""
 
 import io
+import os
 
 import pytest
 import torch
@@ -46,6 +47,14 @@ def test_any_size_comes_back_close(name: str) -> None:
     ratio = 10 * torch.log10(x.square().mean() / (made - x).square().mean())
     assert float(ratio) > 10
     assert torch.equal(codec.encode(x), codes)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="scheduling classes are Linux's")
+@pytest.mark.parametrize("name", FILMS)
+def test_an_encoder_leaves_the_process_as_it_was(name: str) -> None:
+    before = os.sched_getscheduler(0)
+    classical(name).encode(film())
+    assert os.sched_getscheduler(0) == before
 
 
 def test_codes_are_the_bytes_of_the_file() -> None:

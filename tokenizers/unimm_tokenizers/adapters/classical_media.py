@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -108,6 +109,23 @@ class SoundFileCodec(ByteCodec):
         return rate * 1000 / 8 * signal.shape[-1] / self.sample_rate
 
 
+@contextmanager
+def _own_scheduling() -> Iterator[None]:
+    """Give the calling thread its scheduling back.
+
+    SVT-AV1 leaves it at SCHED_FIFO 99 where that is allowed (root; measured with PyAV 18): all that
+    the process does from then on keeps other programs from the core.
+    """
+    if not hasattr(os, "sched_setscheduler"):  # Linux alone has it
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 class FilmFileCodec(ByteCodec):
     """Film (3, T, H, W) in 4:2:0. Settings: minus the CRF, so that files grow with them."""
 
@@ -130,7 +148,10 @@ class FilmFileCodec(ByteCodec):
         """(3, T, H, W) -> a raw stream."""
         frames = to_bytes(even(signal)).permute(1, 2, 3, 0).contiguous().numpy()
         file = io.BytesIO()
-        with self.av.open(file, "w", format=self.form.container, options=_EXACT) as container:
+        with (
+            _own_scheduling(),
+            self.av.open(file, "w", format=self.form.container, options=_EXACT) as container,
+        ):
             stream = container.add_stream(self.form.encoder, rate=round(self.config.fps))
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
