@@ -63,10 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _voice(options: argparse.Namespace) -> Iterator[None]:
     """Where what a command tells on its way goes to."""
     if options.quiet:
-        for name in ("unimm", "lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            yield
+        loggers = [logging.getLogger(n) for n in ("unimm", "lightning.pytorch", "lightning.fabric")]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
     elif options.json:
         with redirect_stdout(sys.stderr):
             yield

@@ -368,10 +368,10 @@ def test_a_misspelled_key_of_a_recipe_folder(capsys: Captured, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_sample_stops_a_codecs_training_and_is_named(
+def test_too_many_damaged_samples_stop_a_codecs_training_and_are_named(
     capsys: Captured, shard: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = shard({"wav": wav(np.zeros(800))}, {"wav": NAN})
+    path = shard({"wav": wav(np.zeros(800))}, {"wav": NAN}, {"wav": NAN})
     written = {
         "model": {
             "class_path": "unimm.training.CodecTask",
@@ -408,7 +408,7 @@ def test_a_damaged_sample_stops_a_codecs_training_and_is_named(
     recipe = tmp_path / "audio.yaml"
     recipe.write_text(yaml.safe_dump(written))
     line = failed(capsys, "fit", "-c", recipe)
-    for named in (str(path), "0001", "NaN"):
+    for named in (str(path), "0001", "0002", "NaN", "more than 1.0%"):
         assert named in line
 
 

@@ -1,5 +1,6 @@
 """The sound codec that comes with the library: what its card says of it holds."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def test_more_levels_are_nearer_on_a_speaker_it_has_not_heard(
 def test_another_rate_is_resampled_and_said(
     codec: StreamingCodec, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, "unimm")
     sound = Audio(torch.zeros(2, 800), 8000)
     assert audio_signal(sound, codec).shape == (1, 1600)
     assert "sound at 8000 Hz is resampled to the codec's 16000 Hz" in caplog.text

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,7 +115,8 @@ def run(name_or_path: str, out: Path, data: Path | None) -> int:
             _tokenize(recipe, tokenizer, templates, split, out / "tokens" / split.name)
         if recipe.conversations:
             talk = [Template(["{document}"])]
-            _tokenize(recipe, tokenizer, talk, out / "raw/talk", out / "tokens/train")
+            once = replace(recipe, documents_per_sample=1)  # a conversation is one document
+            _tokenize(once, tokenizer, talk, out / "raw/talk", out / "tokens/train")
     with clock.step("language model", console):
         launch(
             [

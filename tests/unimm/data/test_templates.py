@@ -30,7 +30,13 @@ def sample(make: Any) -> Sample:
 
 
 def kinds(document: list[Any]) -> list[Any]:
-    return [item if isinstance(item, str | Turn) else type(item).__name__ for item in document]
+    # A picture may be of its format's own class.
+    kinds = (str, Turn, Image.Image, Audio, Video, Semantic)
+    found = [next(kind for kind in kinds if isinstance(item, kind)) for item in document]
+    return [
+        item if kind in (str, Turn) else kind.__name__
+        for item, kind in zip(document, found, strict=True)
+    ]
 
 
 # Documents
