@@ -67,7 +67,10 @@ def attention(
     starts, ends = ranges or (None, None)
     asked = implementation if implementation in attention_tma.VARIANTS else None
     if resolve("triton" if asked else implementation, q) == "torch":
-        if q.device.type == "cpu":
+        # Of whole float32 rows scaled_dot_product_attention skips what is masked, too, and is a
+        # little faster: 12.5 ms for 13.4 both ways of 8 rows of 256, 230 for 281 of one of 2,048.
+        whole = ranges is None and window is None and (not causal or q.shape[1] == k.shape[1])
+        if q.device.type == "cpu" and not (whole and q.dtype == torch.float32):
             return tiled_attention(q, k, v, starts, ends, causal, window or 0, factor)
         return _reference(q, k, v, ranges, causal, window, factor)
     return _attention(q, k, v, starts, ends, causal, window or 0, factor, asked or "triton")[0]

@@ -10,6 +10,7 @@ Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unimm_kernels.attention import LOG2_E, block_of
@@ -75,7 +76,9 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -
 
     On a CPU only the part of the cache that some row has filled is read. Measured on one core of an
     AMD EPYC (Zen 5), 32 rows, 100 of 256 keys, 2 query heads and 1 key head of 64, float32: 2.6 ms
-    by masked scaled_dot_product_attention of the whole cache, 0.2 ms so.
+    by masked scaled_dot_product_attention of the whole cache, 0.2 ms so. Where nothing is masked,
+    that function with the heads of a group as its queries: one row of 280 keys 83 us and 18 us so;
+    of bfloat16 its time is up to 5 times that of the products.
     """
     batch, new, heads, dim = q.shape
     groups, masked = k.shape[2], True
@@ -83,6 +86,11 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -
         shortest, longest = (int(length) for length in lengths.aminmax())
         k, v = k[:, :longest], v[:, :longest]
         masked = new > 1 or shortest < longest  # else every key counts in every row
+        if not masked and q.dtype == torch.float32:
+            own = q.reshape(batch, groups, -1, dim)
+            keys, values = k.transpose(1, 2), v.transpose(1, 2)
+            out = F.scaled_dot_product_attention(own, keys, values, scale=scale)
+            return out.reshape(q.shape)
     wide = torch.promote_types(q.dtype, torch.float32)
     own = (q.to(wide) * scale).unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)
     scores = own @ k.to(wide).permute(0, 2, 3, 1)
