@@ -349,7 +349,7 @@ def image_signal(image: Image.Image, codec: Codec) -> Tensor:
     mode = "L" if codec.num_channels == 1 else "RGB"
     array = np.array(image if image.mode == mode else image.convert(mode), dtype=np.uint8)
     pixels = torch.from_numpy(array).view(height, width, -1).permute(2, 0, 1)
-    return pixels.float() / 127.5 - 1
+    return pixels.float().div_(127.5).sub_(1)
 
 
 def video_signal(video: Video, codec: Codec) -> Tensor:

@@ -27,6 +27,7 @@ from unimm.data.progress import Bar
 from unimm.data.sources import Source
 from unimm.data.templates import Template
 from unimm.data.tokenize import Decoding, Progress, ShardTokenizer, TokenizeConfig
+from unimm.memory import keep_freed_memory
 from unimm.tokenizer import UnifiedTokenizer
 
 KILLED = "a worker process was killed (most often for its memory); run again"
@@ -51,7 +52,8 @@ class Job:
     config: TokenizeConfig
 
     def worker(self, device: str, decoding: Decoding | None = None) -> ShardTokenizer:
-        """Load the tokenizer and make a worker of it."""
+        """Load the tokenizer and make a worker of it, in a process that does nothing else."""
+        keep_freed_memory()
         tokenizer = UnifiedTokenizer.from_pretrained(self.tokenizer).to(device)
         return ShardTokenizer(tokenizer, self.templates, self.config, decoding=decoding)
 

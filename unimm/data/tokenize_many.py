@@ -25,6 +25,7 @@ from unimm.data.shards import ShardReader
 from unimm.data.sources import Source, find_sources
 from unimm.data.templates import Template, default_templates
 from unimm.data.tokenize import ShardTokenizer, TokenizeConfig
+from unimm.memory import keep_freed_memory
 from unimm.tokenizer import UnifiedTokenizer
 
 FAILED_FOLDER = "failed"
@@ -151,6 +152,7 @@ def tokenize_shards(
     if templates is None:  # by the first of all shards: every rank decides alike
         templates = _default_templates(found[0], out, loaded)
     worker = ShardTokenizer(loaded, templates, config)
+    keep_freed_memory()
     kept, waiting = _committed(worker, mine, out, overwrite=overwrite)
     outcomes: list[Outcome] = []
     with bar(len(waiting), show=progress) as shown:

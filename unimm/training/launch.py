@@ -23,6 +23,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
+from unimm.memory import keep_freed_memory
 from unimm.training.checkpoints import (
     CHECKPOINTS,
     AtomicCheckpointIO,
@@ -31,7 +32,6 @@ from unimm.training.checkpoints import (
     read_checkpoint,
     sweep,
 )
-from unimm.training.memory import keep_freed_memory
 from unimm.training.mistakes import FRAME, explained
 from unimm.training.preemption import Preemption
 from unimm.training.samples import ShowSamples

@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what a training step frees."""
+"""The C library's allocator, told to keep what training steps and codecs free."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def keep_freed_memory() -> bool:
     """Make the GNU C library keep up to 1 GiB that is freed, instead of giving it back each time.
 
     By default every tensor above 128 KiB may be a mapping of its own, returned when it is freed: a
-    step on a CPU then pays thousands of page faults (17,800 in a dial-pad step, 45 of its 287 ms).
+    step on a CPU then pays thousands of page faults (17,800 in a dial-pad step, 45 of its 287 ms);
+    a codec of a million weights took 29 ms for a photograph of 256 pixels, and 21 ms so.
     The numbers do not change. Elsewhere than on Linux with that library, nothing is done.
 
     Returns:

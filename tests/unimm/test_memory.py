@@ -6,7 +6,7 @@ import platform
 
 import pytest
 
-from unimm.training.memory import keep_freed_memory
+from unimm.memory import keep_freed_memory
 
 
 def test_the_setting_is_taken_by_the_gnu_library() -> None:
