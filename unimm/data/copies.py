@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from unimm.checkpoint import replacing
 from unimm.data.manifest import Manifest, manifest_path
 from unimm.data.shards import expand, split_pattern
 from unimm.data.sources import Source, find_sources
@@ -57,7 +56,7 @@ def local_shards(pattern: str | Path | Iterable[str | Path]) -> list[Path]:
 
 
 def _copy(source: Source, wanted: bytes) -> Path:
-    """The shard as a file of this machine, with the manifest that its source has."""
+    """The shard as a file of this machine; a copy that has the `wanted` manifest already stays."""
     address = source.url.removesuffix(source.name)
     folder = cache_folder() / "shards" / hashlib.sha256(address.encode()).hexdigest()[:16]
     place = folder / source.name
@@ -66,11 +65,9 @@ def _copy(source: Source, wanted: bytes) -> Path:
         if committed.read_bytes() == wanted:
             return place
         committed.unlink()
-    with source.local(folder) as fetched:
-        manifest_path(fetched).write_bytes(wanted)
+    with source.local(folder) as fetched:  # with its manifest
         Manifest.read(fetched).check(fetched, verify=True)
         os.replace(fetched, place)
-    with replacing(committed) as temporary:
-        temporary.write_bytes(wanted)
+        os.replace(manifest_path(fetched), committed)
     _log.info("%s: copied to %s", source, place)
     return place

@@ -30,13 +30,11 @@ def sample(make: Any) -> Sample:
 
 
 def kinds(document: list[Any]) -> list[Any]:
-    # A picture may be of its format's own class.
-    kinds = (str, Turn, Image.Image, Audio, Video, Semantic)
-    found = [next(kind for kind in kinds if isinstance(item, kind)) for item in document]
-    return [
-        item if kind in (str, Turn) else kind.__name__
-        for item, kind in zip(document, found, strict=True)
-    ]
+    def kind(item: Any) -> str:
+        # A picture may be of its format's own class.
+        return "Image" if isinstance(item, Image.Image) else type(item).__name__
+
+    return [item if isinstance(item, str | Turn) else kind(item) for item in document]
 
 
 # Documents
