@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -107,7 +107,19 @@ class Row:
 
 def ours(shape: Shape, device: str, *, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """A step as `LanguageTask` makes it."""
-    lm = UnifiedLM(shape.model).to(device)
+    return step_of(shape.model, device, compiled=compiled)
+
+
+def plain(shape: Shape, device: str, *, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same in Llama's own form: no norm of queries and keys, one rotary axis."""
+    model = replace(shape.model, qk_norm=None, rope_bases=(10_000.0,))
+    return step_of(model, device, compiled=compiled)
+
+
+def step_of(
+    model: ModelConfig, device: str, *, compiled: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    lm = UnifiedLM(model).to(device)
     if compiled:
         for block in lm.blocks:
             block.compile()
@@ -158,7 +170,7 @@ def llama(shape: Shape, device: str, *, compiled: bool) -> Callable[[torch.Tenso
     return step
 
 
-STEPS = {"unimm": ours, "transformers Llama": llama}
+STEPS = {"unimm": ours, "unimm in Llama's form": plain, "transformers Llama": llama}
 
 
 def measure_step(shape: Shape, by: str, device: str, *, compiled: bool, seconds: float) -> Row:
