@@ -24,6 +24,7 @@ from unimm import cli_commands as do
 from unimm.cli_commands import FAILED, Outcome
 
 MODALITIES = ("text", "image", "audio", "video", "semantic")
+WORLDS = ("dialpad", "dialpad-talk", "digits")
 SHELLS = ("bash", "zsh", "tcsh")
 _FLAGS = {
     "--debug": "show tracebacks",
@@ -35,8 +36,9 @@ Command = Callable[[argparse.Namespace], Outcome]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    # Two processes on two cores ruin each other's rate when idle threads spin: a 6-fold loss.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # How long idle threads spin before they sleep. A small decoder's step on two cores takes 1.5
+    # times as long if they never do; two processes that share the cores 4 times if they always do.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in ("fit", "validate"):
@@ -51,12 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = _line(error)
         outcome = Outcome("", {"error": line}, (f"unimm: error: {line}",), FAILED)
     if options.json:
-        print(json.dumps(_plain({"command": options.command, **outcome.facts})))
+        _print(json.dumps(_plain({"command": options.command, **outcome.facts})))
     elif outcome.words:
-        print(outcome.words)
+        _print(outcome.words)
     for line in outcome.errors:
         print(_line(line), file=sys.stderr)
     return outcome.code
+
+
+def _print(text: str) -> None:
+    """To the standard output, whose reader, such as `head`, may have seen enough."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python writes what is left at its end (its manual, "signal", note on SIGPIPE).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -156,11 +167,13 @@ def _parser() -> argparse.ArgumentParser:
         fit.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
 
     shards = add("shards", do.shards, "pictures, sounds, films, captions -> raw shards")
-    shards.add_argument("source", help="folder, JSONL, CSV, Parquet, or 'dialpad' (made by rule)")
+    shards.add_argument(
+        "source", help="folder, JSONL, CSV, Parquet; 'dialpad' or 'dialpad-talk' (made by rule)"
+    )
     shards.add_argument("--out", type=Path, required=True)
-    shards.add_argument("--world", choices=("dialpad", "digits"), help="how to read the source")
+    shards.add_argument("--world", choices=WORLDS, help="how to read the source, or make it")
     shards.add_argument("--split", choices=("train", "val"), default="train", help="digits only")
-    shards.add_argument("--count", type=int, help="samples to make (dialpad, digits)")
+    shards.add_argument("--count", type=int, help="samples to make, of a world")
     shards.add_argument("--seed", type=int, default=0)
 
     tokenizer = add("tokenizer", do.tokenizer, "codecs and a text model -> a tokenizer bundle")
@@ -248,6 +261,14 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", type=Path)
     convert.add_argument("--codec", action="append", default=[], help="codec to grow by; repeat")
     convert.add_argument("--vqgan", type=Path, help="Chameleon's picture tokenizer with decoder")
+
+    card = add("card", do.card, "the card (README.md) of a bundle or a codec folder")
+    card.add_argument("folder", type=Path)
+    card.add_argument("--title", help="heading; default: the folder's name")
+    card.add_argument("--licence", help="SPDX name in small letters, or other; default: unknown")
+    card.add_argument("--data", help="what it was trained on; default: not stated")
+    card.add_argument("--results", type=Path, help="folder of `unimm bench`: its table")
+    card.add_argument("--overwrite", action="store_true", help="replace a card that is there")
 
     push = add("push", do.push, "upload a bundle or a codec folder to the Hugging Face Hub")
     push.add_argument("folder", type=Path)

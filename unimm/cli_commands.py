@@ -59,12 +59,14 @@ def _judged(code: int, out: Path) -> Outcome:
 
 def fit(options: argparse.Namespace) -> Outcome:
     """`unimm fit` and `unimm validate`."""
+    from unimm.evaluation.recipe import find_recipe_file
     from unimm.training.launch import launch
     from unimm.training.stops import RunStopped
 
     if not options.config:
         return Outcome(errors=("unimm: error: name a recipe with -c RECIPE.yaml",), code=USAGE)
-    recipes = [part for recipe in options.config for part in ("-c", recipe)]
+    files = [str(find_recipe_file(name)) for name in options.config]
+    recipes = [part for file in files for part in ("-c", file)]
     try:
         trainer = launch(
             [*recipes, *options.rest], subcommand=options.command, wandb=options.wandb
@@ -234,6 +236,21 @@ def push(options: argparse.Namespace) -> Outcome:
     return Outcome(f"{options.repository}@{commit}", facts)
 
 
+def card(options: argparse.Namespace) -> Outcome:
+    """`unimm card`."""
+    from unimm.evaluation.card import write_card
+
+    path = write_card(
+        options.folder,
+        title=options.title,
+        licence=options.licence,
+        data=options.data,
+        results=options.results,
+        overwrite=options.overwrite,
+    )
+    return Outcome(str(path), {"card": str(path)})
+
+
 def inspect(options: argparse.Namespace) -> Outcome:
     """`unimm inspect`."""
     from unimm.evaluation.inspection import inspect
@@ -241,7 +258,7 @@ def inspect(options: argparse.Namespace) -> Outcome:
     from unimm.tokenizer import UnifiedTokenizer
 
     found = inspect(options.path)
-    words, facts = found, {"path": options.path, "lines": found.splitlines()}
+    words, facts = str(found), found.data()
     if options.html is not None:
         name = options.tokenizer
         tok = None if name is None else UnifiedTokenizer.from_pretrained(name)

@@ -168,7 +168,9 @@ def test_a_misspelled_key_is_one_line_with_a_hint(
     assert line.endswith("recipe.yaml: unknown key 'trainer.max_step' (did you mean 'max_steps'?)")
     line = failed(capsys, "fit", "-c", recipe(), "--trainer.max_stepp=3")
     assert line.endswith("unknown key 'trainer.max_stepp' (did you mean 'max_steps'?)")
-    assert "File does not exist" in failed(capsys, "fit", "-c", "nowhere.yaml")
+    assert "no recipe file 'nowhere.yaml'" in failed(capsys, "fit", "-c", "nowhere.yaml")
+    line = failed(capsys, "fit", "-c", "dialpad/image-codecs.yaml")
+    assert "did you mean 'dialpad/image-codec.yaml'?" in line
 
 
 def test_from_raw_shards_to_answers(capsys: Captured, model_bundle: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """What commands say, and where: for people, for programs, and not at all."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,8 +31,8 @@ def test_results_as_json(capsys: Captured, model_bundle: Path, tmp_path: Path) -
     )
     assert coded["written"] == ["dialpad-000000.tar"]
     assert coded["documents"] == 3
-    lines = told(capsys, "inspect", tmp_path / "tokens")["lines"]
-    assert "3 samples" in lines[0]
+    found = told(capsys, "inspect", tmp_path / "tokens")
+    assert (found["command"], found["kind"], found["samples"]) == ("inspect", "shards", 3)
 
 
 def test_an_error_as_json(capsys: Captured) -> None:
@@ -63,6 +65,18 @@ def test_quiet_leaves_the_result(
     first, second = said.out.splitlines()
     assert first.startswith(str(tmp_path / "raw"))
     assert second.startswith("1 shards written")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As in `unimm inspect dialpad | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "unimm.cli", "completion", "bash"]
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

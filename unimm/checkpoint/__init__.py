@@ -19,9 +19,9 @@ import difflib
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from unimm.checkpoint.card import Card, Score, scores_of
+from unimm.checkpoint.card import CARD_FILE, Card, Score, markdown_table, scores_of
 from unimm.checkpoint.pushing import HubMixin, fits
-from unimm.checkpoint.weights import adopt, load_weights, save_weights
+from unimm.checkpoint.weights import adopt, load_weights, save_weights, weight_files
 from unimm_tokenizers.codec import config_from_dict
 from unimm_tokenizers.storage import (
     CONFIG_FILE,
@@ -33,8 +33,10 @@ from unimm_tokenizers.storage import (
 )
 
 __all__ = [
+    "CARD_FILE",
     "CODECS_FOLDER",
     "GENERATION_FILE",
+    "INDEX_FILE",
     "LM_FOLDER",
     "VOCABULARY_FILE",
     "Card",
@@ -45,6 +47,7 @@ __all__ = [
     "find_bundle",
     "lm_folder",
     "load_weights",
+    "markdown_table",
     "push_to_hub",
     "read_config",
     "read_json",
@@ -56,6 +59,7 @@ __all__ = [
     "sha256",
     "shipped_bundles",
     "verify",
+    "weight_files",
     "write_json",
     "write_text",
 ]

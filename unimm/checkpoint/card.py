@@ -3,7 +3,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnnecessaryIsInstance=false
 
-"""The card of a bundle: Markdown with the metadata that the Hub reads.
+"""The card of a bundle or a codec: Markdown with the metadata that the Hub reads.
 
 Hugging Face's model card specification (hub docs, "Model Cards"): YAML between dashes, then text.
 """
@@ -67,16 +67,19 @@ class Card:
 
     title: its heading. licence: an SPDX name in small letters, or "other". data: what it was
     trained on. summary: a paragraph. base_model: Hub id or name of the model that it was made from.
-    facts: rows of the table of parts, name -> what it is. scores: reconstruction figures.
+    facts: rows of the table of parts, name -> what it is. scores: reconstruction figures. sections:
+    heading -> lines of Markdown. task: the Hub's name of what it does (`pipeline_tag`), if any.
     """
 
     title: str
-    licence: str = "other"
+    licence: str = "unknown"
     data: str = "not stated"
     summary: str = ""
     base_model: str | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
     scores: Sequence[Score] = ()
+    sections: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    task: str | None = "any-to-any"
 
     def write(self, folder: str | Path) -> None:
         """Write `README.md`, with the sha256 of every file that stands in the folder."""
@@ -85,29 +88,33 @@ class Card:
 
     def text(self, hashes: Mapping[str, str]) -> str:
         """The card, with a table of file hashes."""
-        metadata = {
+        known = {
             "library_name": "unimm",
             "license": self.licence,
-            "pipeline_tag": "any-to-any",
+            "pipeline_tag": self.task,
             "tags": ["unimm"],
+            "base_model": self.base_model,
         }
-        if self.base_model is not None:
-            metadata["base_model"] = self.base_model
+        metadata = {name: value for name, value in known.items() if value is not None}
         lines = ["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", ""]
         lines += [f"# {self.title}", ""]
         lines += [self.summary, ""] if self.summary else []
-        lines += _table(("part", "what it is"), self.facts.items())
-        lines += ["## Training data", "", self.data, "", "## Licence", "", self.licence, ""]
-        lines += ["## Reconstruction", ""]
-        if self.scores:
-            lines += _table(Score._fields, self.scores)
-        else:
-            lines += ["Not measured: `unimm bench` does.", ""]
-        lines += ["## Files", "", *_table(("file", "sha256"), hashes.items())]
+        lines += markdown_table(("part", "what it is"), self.facts.items())
+        unmeasured = ["Not measured: `unimm bench` does."]
+        sections = {
+            "Training data": [self.data],
+            **self.sections,
+            "Reconstruction": markdown_table(Score._fields, self.scores) or unmeasured,
+            "Licence": [self.licence],
+            "Files": markdown_table(("file", "sha256"), hashes.items()),
+        }
+        for heading, body in sections.items():
+            lines += [f"## {heading}", "", *body, *([""] if body and body[-1] else [])]
         return "\n".join(lines)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table, with an empty one after them; nothing where there are no rows."""
     cells = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     made = [f"| {' | '.join(row)} |" for row in cells]
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *made, ""] if made else []

@@ -89,7 +89,7 @@ def load_weights(
     """
     state = {
         name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        for file in _files(Path(folder))
+        for file in weight_files(folder)
         for name, tensor in _read(file).items()
     }
     adopt(module, state, str(folder))
@@ -112,7 +112,13 @@ def adopt(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> N
     module.load_state_dict(state, assign=True)
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a folder's weights: one, or the shards that its index names.
+
+    Raises:
+        ValueError: the index is no index of weights, or names a file elsewhere.
+    """
+    folder = Path(folder)
     index_path = folder / INDEX_FILE
     if not index_path.exists():
         return [folder / WEIGHTS_FILE]

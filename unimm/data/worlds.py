@@ -36,7 +36,7 @@ def make_shards(
     """Write raw shards.
 
     Args:
-        source: the data: a folder, a JSONL file, or "dialpad" for the world that is made by rule.
+        source: a folder, a JSONL, CSV or Parquet file; not read where a world is made by rule.
         out: folder of the shards.
         world: "dialpad", "dialpad-talk" (its conversations), "digits" (MNIST and FSDD files in a
             folder), or None for a plain folder.

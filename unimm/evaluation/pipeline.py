@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +24,10 @@ from rich.console import Console
 from unimm.checkpoint import GENERATION_FILE, find_bundle, reopen, seal, write_json, write_text
 from unimm.data.templates import Template, load_templates
 from unimm.data.tokenize import TokenizeConfig
-from unimm.data.tokenize_many import tokenize_shards
-from unimm.data.worlds import Split, assemble_tokenizer, make_shards
+from unimm.data.tokenize_many import RunConfig, tokenize_shards
+from unimm.data.worlds import Made, Split, assemble_tokenizer, make_shards
 from unimm.evaluation.accuracy import Direction, DirectionResult, accuracies, measure
-from unimm.evaluation.card import CARD_FILE, bundle_card
+from unimm.evaluation.card import bundle_card
 from unimm.evaluation.page import write_answers, write_page
 from unimm.evaluation.recipe import RECIPE_FILE, Recipe, load_recipe
 from unimm.evaluation.report import write_results
@@ -48,10 +47,8 @@ POLL_SECONDS = 0.2
 
 
 class Judgement(NamedTuple):
-    """A bundle's model and tokenizer, what they reached, and who judged."""
+    """What a bundle reached, and who judged."""
 
-    lm: UnifiedLM
-    tok: UnifiedTokenizer
     results: list[DirectionResult]
     judged: Judged
 
@@ -99,10 +96,11 @@ def run(name_or_path: str, out: Path, data: Path | None) -> int:
     console, clock = Console(), Stopwatch(out / SECONDS_FILE)
     train, val = out / "raw/train", out / "raw/val"
     with clock.step("raw shards", console):
-        _make(recipe, data, train, "train")
-        _make(recipe, data, val, "val")
+        source = data or recipe.world
+        _make(train, source, recipe.world, recipe.train)
+        _make(val, source, recipe.world, recipe.val, "val", VAL_SEED)
         if recipe.conversations:
-            _make_conversations(recipe, out / "raw/talk")
+            _make(out / "raw/talk", "dialpad-talk", "dialpad-talk", recipe.conversations)
     with clock.step("codecs", console):
         _train_codecs(recipe, out, console)
     with clock.step("tokens", console):
@@ -112,11 +110,11 @@ def run(name_or_path: str, out: Path, data: Path | None) -> int:
             assemble_tokenizer(folders, train, tokenizer, audio_layout=recipe.audio_layout)
         templates = load_templates(recipe.file(recipe.templates))
         for split in (train, val):
-            _tokenize(recipe, tokenizer, templates, split, out / "tokens" / split.name)
+            into = out / "tokens" / split.name
+            _tokenize(split, into, tokenizer, templates, recipe.documents_per_sample)
         if recipe.conversations:
             talk = [Template(["{document}"])]
-            once = replace(recipe, documents_per_sample=1)  # a conversation is one document
-            _tokenize(once, tokenizer, talk, out / "raw/talk", out / "tokens/train")
+            _tokenize(out / "raw/talk", out / "tokens/train", tokenizer, talk, documents=1)
     with clock.step("language model", console):
         launch(
             [
@@ -150,27 +148,13 @@ def evaluate(
     return 0
 
 
-def _make(recipe: Recipe, data: Path | None, out: Path, split: Split) -> None:
-    """Write one split of raw shards, once."""
-    done, training = out / ".complete", split == "train"
-    if done.exists():
-        return
-    make_shards(
-        data or recipe.world,
-        out,
-        world=recipe.world,
-        split=split,
-        count=recipe.train if training else recipe.val,
-        seed=0 if training else VAL_SEED,
-    )
-    write_text(done, "")
-
-
-def _make_conversations(recipe: Recipe, out: Path) -> None:
-    """Write the raw shards of conversations, once."""
+def _make(
+    out: Path, source: str | Path, world: Made, count: int, split: Split = "train", seed: int = 0
+) -> None:
+    """Write raw shards, once."""
     done = out / ".complete"
     if not done.exists():
-        make_shards("dialpad-talk", out, world="dialpad-talk", count=recipe.conversations)
+        make_shards(source, out, world=world, split=split, count=count, seed=seed)
         write_text(done, "")
 
 
@@ -234,15 +218,11 @@ def _exported(out: Path, name: str) -> bool:
 
 
 def _tokenize(
-    recipe: Recipe, tokenizer: Path, templates: Sequence[Template], raw: Path, out: Path
+    raw: Path, out: Path, tokenizer: Path, templates: Sequence[Template], documents: int
 ) -> None:
-    summary = tokenize_shards(
-        raw,
-        out,
-        tokenizer,
-        templates,
-        TokenizeConfig(documents_per_sample=recipe.documents_per_sample),
-    )
+    config = TokenizeConfig(documents_per_sample=documents)
+    processes = RunConfig(workers=os.cpu_count() or 1)
+    summary = tokenize_shards(raw, out, tokenizer, templates, config, processes)
     if summary.failed:
         raise ValueError(f"{out}: {len(summary.failed)} shards failed; see {out / 'failed'}")
 
@@ -298,7 +278,7 @@ def _judge(
         recipe=yaml.safe_load((recipe.folder / RECIPE_FILE).read_text()),
     )
     console.print(f"report: {page}")
-    return Judgement(lm, tok, results, judged)
+    return Judgement(results, judged)
 
 
 def _finish(
@@ -306,8 +286,8 @@ def _finish(
 ) -> None:
     """Give a bundle that this run made its card and, where the recipe says so, its judges."""
     reopen(bundle)
-    write_text(bundle / CARD_FILE, bundle_card(recipe, *judgement, clock.seconds))
     shipped = bundle / JUDGES_FOLDER
     if recipe.ship_judges and not shipped.is_dir():
         shutil.copytree(out / JUDGES_FOLDER, shipped)
+    bundle_card(bundle, recipe, *judgement, clock.seconds).write(bundle)  # hashes every file
     seal(bundle)

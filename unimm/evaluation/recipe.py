@@ -119,6 +119,30 @@ def find_recipe(name_or_path: str | Path) -> Path:
     )
 
 
+def find_recipe_file(name_or_path: str | Path) -> Path:
+    """A training recipe: a YAML file, or one of a shipped recipe, as in "dialpad/lm.yaml".
+
+    Raises:
+        ValueError: there is none; names what was looked for.
+    """
+    for path in (Path(name_or_path), *(shelf / name_or_path for shelf in _SHELVES)):
+        if path.is_file():
+            return path
+    shipped = sorted(
+        {
+            path.relative_to(shelf).as_posix()
+            for shelf in _SHELVES
+            for recipe in shelf.glob(f"*/{RECIPE_FILE}")
+            for path in recipe.parent.glob("*.yaml")
+        }
+    )
+    hint = did_you_mean(str(name_or_path), shipped)
+    raise ValueError(
+        f"no recipe file {str(name_or_path)!r}: neither a file nor one that ships, such as "
+        f"dialpad/lm.yaml{hint}"
+    )
+
+
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """Read a recipe.
 

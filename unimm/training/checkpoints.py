@@ -288,7 +288,8 @@ class RunCheckpoints(lightning.Callback):
             return
         self._last = trainer.global_step
         folder = Path(trainer.default_root_dir, CHECKPOINTS)
-        trainer.save_checkpoint(folder / (name or f"step={trainer.global_step}.ckpt"))
+        path = folder / (name or f"step={trainer.global_step}.ckpt")
+        trainer.save_checkpoint(path, weights_only=False)  # else it remarks on it each time
         self._unlogged = trainer.is_global_zero
         if trainer.is_global_zero:
             self._rotate(folder)

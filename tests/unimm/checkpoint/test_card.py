@@ -1,5 +1,6 @@
 """The card: metadata that the Hub can read, and hashes that are true."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,20 @@ def test_the_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
     assert f"| lm/model.safetensors | {sha256(weights)} |" in body
     assert "index.json" not in body
     assert "MNIST (CC BY-SA 3.0)" in body
-    unknown = Card(title="Other").text({})
-    assert "not stated" in unknown
+    unknown = Card(title="Other", task=None).text({})
+    assert "## Training data\n\nnot stated\n" in unknown
+    assert "## Licence\n\nunknown\n" in unknown
     assert "Not measured" in unknown
+    assert yaml.safe_load(unknown.split("---\n")[1]).keys() == {"library_name", "license", "tags"}
+
+
+def test_sections_stand_between_data_and_reconstruction() -> None:
+    card = Card(
+        title="T", data="words", sections={"What it reaches": ["| a |", ""], "Again": ["x"]}
+    )
+    headings = re.findall(r"^## (.*)$", card.text({}), re.MULTILINE)
+    assert headings[:4] == ["Training data", "What it reaches", "Again", "Reconstruction"]
+    assert "\n\n\n" not in card.text({"model.safetensors": "ab"})
 
 
 def test_a_measured_reconstruction_stands_in_the_card(tmp_path: Path) -> None:

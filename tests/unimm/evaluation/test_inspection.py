@@ -4,22 +4,24 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from unimm.checkpoint import seal
+from unimm.checkpoint import save_weights, seal
 from unimm.data.manifest import Manifest
 from unimm.data.shards import ShardWriter
 from unimm.evaluation.inspection import inspect
+from unimm.model import UnifiedLM
 from unimm.tokenizer import UnifiedTokenizer
 from unimm.training.launch import AtomicCheckpointIO
 
 
-def rows(text: str) -> dict[str, str]:
-    """Lines by their first word."""
-    return {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if line}
+def rows(table: list[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+    """Rows of a table by one of its columns."""
+    return {row[key]: row for row in table}
 
 
 @pytest.fixture
@@ -44,30 +46,80 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_a_bundle_shows_vocabulary_codecs_model_and_seal(model_bundle: Path) -> None:
-    text = inspect(model_bundle)
+    found = inspect(model_bundle)
     tok = UnifiedTokenizer.from_pretrained(model_bundle)
-    assert f"fingerprint {tok.vocabulary.fingerprint[:12]}" in text
+    lm = UnifiedLM.from_pretrained(model_bundle)
+    data = json.loads(json.dumps(found.data()))
+    assert (data["kind"], data["name"]) == ("bundle", str(model_bundle))
+    vocabulary = data["vocabulary"]
+    assert vocabulary["fingerprint"] == tok.vocabulary.fingerprint
+    assert vocabulary["ids"] == len(tok.vocabulary)
+    assert vocabulary["shared_blocks"] == {"video": "image"}
+    assert [(b["block"], b["size"], b["first"], b["last"]) for b in vocabulary["blocks"]] == [
+        (block.name, block.size, block.start, block.end - 1) for block in tok.vocabulary
+    ]
+    assert data["text_model"]["pieces"] == tok.text.size
+    codecs = {codec["name"]: codec for codec in data["codecs"]}
+    picture, sound = codecs["image"], codecs["audio"]
+    assert (picture["class"], picture["codebooks"], picture["codebook_size"]) == ("vision", 1, 16)
+    assert picture["downsample"] == [4, 8, 8]
+    assert (picture["bits_per_pixel"], picture["bits_per_pixel_of_film"]) == (4 / 64, 4 / 256)
+    assert (sound["class"], sound["bit_rate"]) == ("spectral", 25 * 2 * 4)
+    assert data["language_model"]["parameters"] == lm.num_parameters
+    assert data["language_model"]["weights"]["types"] == ["F32"]
+    assert data["seal"]["files"] == 9
+    assert data["sampling_defaults"] is None
+
+
+def test_a_bundle_as_people_read_it(model_bundle: Path) -> None:
+    text = str(inspect(model_bundle))
+    tok = UnifiedTokenizer.from_pretrained(model_bundle)
+    assert text.splitlines()[0] == f"bundle {model_bundle}"
+    assert re.search(r"^  seal  9 files, .* sha256 agrees with index.json$", text, re.MULTILINE)
+    for name, value in {
+        "fingerprint": tok.vocabulary.fingerprint[:12],
+        "shared blocks": "video writes with the blocks of image",
+        "bit rate": "0.2 kbit/s",
+        "downsample": "4 x 8 x 8",
+        "modalities": "image, video",
+        "layers": "1",
+    }.items():
+        assert re.search(rf"^  {name} +{re.escape(value)}$", text, re.MULTILINE)
     for block in tok.vocabulary:
-        row = f"  {block.name} +{block.size:,} +{block.start} +{block.end - 1}"
+        row = f"  {block.name} +{block.size:,} +{block.start:,} +{block.end - 1:,}"
         assert re.search(rf"^{row}$", text, re.MULTILINE)
-    assert "video writes with the blocks of image" in text
-    assert f"text model: {tok.text.size} pieces" in text
-    assert "codec image: vision" in text
-    assert "1 x 16 (K x codebook size)" in text
-    assert "downsample       4 x 8 x 8" in text
-    assert "codec audio: spectral" in text
-    assert "bit rate         0.2 kbit/s" in text  # 25 frames x 2 levels x 4 bits
-    assert re.search(r"language model: [\d,]+ parameters, .* \(F32\)", text)
-    assert "width 32, 1 layers, 2 heads (2 for keys and values) of 16" in text
-    assert re.search(r"sealed: 9 files, .* sha256 agrees with index.json", text)
+    assert "sampling defaults: none" in text
 
 
 def test_a_tokenizer_without_a_model_says_so(tokenizer_bundle: Path, tmp_path: Path) -> None:
-    assert "language model: none" in inspect(tokenizer_bundle)
+    assert inspect(tokenizer_bundle).data()["language_model"] is None
+    assert "language model: none" in str(inspect(tokenizer_bundle))
     copy = tmp_path / "open"
     shutil.copytree(tokenizer_bundle, copy)
     (copy / "index.json").unlink()
-    assert "not sealed: there is no index.json" in inspect(copy)
+    assert inspect(copy).data()["seal"] is None
+    assert "none: there is no index.json" in str(inspect(copy))
+
+
+def test_what_ships_by_its_name() -> None:
+    """A bundle that holds a codec and nothing else; a codec of a bundle."""
+    alone = inspect("photo-f8").data()
+    assert (alone["vocabulary"], alone["text_model"]) == (None, None)
+    assert [codec["codebook_size"] for codec in alone["codecs"]] == [16384]
+    assert inspect("dialpad/audio").data()["modalities"] == ["audio"]
+    (regions,) = inspect("semantic").data()["codecs"]
+    assert (regions["bits_per_code"], regions.get("bits_per_pixel")) == (10, None)
+
+
+def test_weights_in_shards_are_added_up(model_bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "shards"
+    shutil.copytree(model_bundle, copy)
+    (copy / "index.json").unlink()
+    whole = inspect(copy).data()["language_model"]
+    config = json.loads((copy / "lm/config.json").read_text())
+    save_weights(copy / "lm", config, load_file(copy / "lm/model.safetensors"), shard_bytes=20_000)
+    assert len(list((copy / "lm").glob("*.safetensors"))) > 1
+    assert inspect(copy).data()["language_model"]["parameters"] == whole["parameters"]
 
 
 def test_a_changed_bundle_is_refused(tokenizer_bundle: Path, tmp_path: Path) -> None:
@@ -84,19 +136,17 @@ def test_sampling_defaults_are_listed(tokenizer_bundle: Path, tmp_path: Path) ->
     tok.defaults = {"image": {"temperature": 0.9, "guidance": 3.0}}
     tok.save_pretrained(copy, torch.float16)
     seal(copy)
-    text = inspect(str(copy))
-    assert "  image: temperature 0.9, guidance 3.0" in text
-    assert "(F16" in text
+    found = inspect(str(copy))
+    assert found.data()["sampling_defaults"] == tok.defaults
+    assert "  image  temperature 0.9, guidance 3" in str(found)
+    assert "F16" in found.data()["codecs"][0]["weights"]["types"]
 
 
 def test_a_codec_folder(model_bundle: Path) -> None:
-    text = inspect(model_bundle / "codecs/audio")
-    assert text.startswith(f"codec {model_bundle / 'codecs/audio'}")
-    assert "frame rate       25 Hz" in text
-    assert "sample rate      8,000 Hz" in text
-    picture = inspect(model_bundle / "codecs/image")
-    assert "modalities       image, video" in picture
-    assert "bits per pixel" in picture
+    sound = inspect(model_bundle / "codecs/audio").data()
+    assert (sound["kind"], sound["name"]) == ("codec", str(model_bundle / "codecs/audio"))
+    assert (sound["frame_rate"], sound["sample_rate"]) == (25, 8000)
+    assert inspect(model_bundle / "codecs/image").data()["modalities"] == ["image", "video"]
 
 
 def test_damaged_weights_are_named(model_bundle: Path, tmp_path: Path) -> None:
@@ -108,23 +158,25 @@ def test_damaged_weights_are_named(model_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_and_its_run_folder(checkpoint: Path) -> None:
-    text = inspect(checkpoint)
-    assert text.splitlines()[0] == f"checkpoint {checkpoint}: language model"
-    facts = rows(text)
-    assert facts["step"] == "42"
-    assert facts["lightning"] == "2.6.6"
-    assert facts["optimizers"] == "2"
-    assert facts["data"] == "1,234 used (TokenDataModule)"
-    assert facts["parameters"] == "20 (buffers included)"
-    assert facts["vocabulary"] == "abababababab"
-    assert "d_model 8, rope_bases 1.0 x 2.0" in text
-    assert inspect(checkpoint.parents[1]) == text
+    found = inspect(checkpoint)
+    data = json.loads(json.dumps(found.data()))
+    assert (data["kind"], data["name"]) == ("checkpoint", str(checkpoint))
+    assert data["holds"] == "language model"
+    assert (data["step"], data["lightning"], data["optimizers"]) == (42, "2.6.6", 2)
+    assert data["samples_used"] == {"TokenDataModule": 1234}
+    assert data["parameters_and_buffers"] == 20
+    assert data["vocabulary"] == "ab" * 32
+    assert data["config"] == {"d_model": 8, "rope_bases": [1.0, 2.0]}
+    assert re.search(r"^  vocabulary +(ab){6}$", str(found), re.MULTILINE)
+    assert inspect(checkpoint.parents[1]) == found
 
 
 def test_a_checkpoint_of_others_says_so(tmp_path: Path) -> None:
     path = tmp_path / "other.ckpt"
     torch.save({"state_dict": {"w": torch.zeros(2)}}, path)
-    assert "(not written by `unimm fit`)" in inspect(path)
+    data = inspect(path).data()
+    assert data["holds"] == "a model of others: not written by `unimm fit`"
+    assert data["step"] is None
 
 
 def test_damaged_checkpoints_are_refused(checkpoint: Path) -> None:
@@ -138,78 +190,77 @@ def test_damaged_checkpoints_are_refused(checkpoint: Path) -> None:
 
 
 def test_a_raw_shard(raw_shards: Path) -> None:
-    text = inspect(raw_shards / "dialpad-000001.tar")
-    assert text.startswith("raw shard ")
-    facts = rows(text)
-    assert facts["samples"] == "12"
-    assert facts["manifest"] == "none"
-    for extension in (".gif", ".json", ".png", ".txt", ".wav"):
-        assert facts[extension].startswith("12 ")
-    assert facts["keys"] == "00000012 to 00000023"
+    found = inspect(raw_shards / "dialpad-000001.tar")
+    data = found.data()
+    assert data["kind"] == "raw shard"
+    assert (data["samples"], data["manifest"]) == (12, None)
+    assert data["keys"] == ["00000012", "00000023"]
+    files = rows(data["files"], "file")
+    assert files.keys() == {".gif", ".json", ".png", ".txt", ".wav"}
+    assert {row["samples"] for row in files.values()} == {12}
+    assert "keys      00000012 to 00000023" in str(found)
 
 
 def test_a_token_shard(token_shards: Path) -> None:
     shard = token_shards / "dialpad-000000.tar"
     manifest = Manifest.read(shard)
     assert manifest.recipe is not None
-    text = inspect(shard)
-    assert text.startswith("token shard ")
-    facts = rows(text)
-    assert facts["samples"] == "48"
-    assert facts["vocabulary"] == manifest.recipe.vocabulary[:12]
-    assert facts["source"] == manifest.recipe.source[:12]
+    found = inspect(shard)
+    data = json.loads(json.dumps(found.data()))
+    assert (data["kind"], data["samples"], data["documents"]) == ("token shard", 48, 48)
+    for name in ("vocabulary", "source", "templates", "coders"):
+        assert data[name] == getattr(manifest.recipe, name)
     total = sum(manifest.tokens.values())
-    assert f"  {total:,} ids in 48 documents, {total / 48:.1f} each" in text
-    for modality, count in manifest.tokens.items():
-        assert facts[modality].startswith(f"{count:,} {count / total:.1%} ")
-    items = {name: facts[name].split()[2:] for name in ("image", "audio", "video")}
-    assert {name: count for name, (count, _) in items.items()} == {
-        "image": "24",
-        "audio": "12",
-        "video": "12",
-    }
-    # 16 codes, 4 digits of size and 2 marks
-    assert items["image"][1] == f"{manifest.tokens['image'] / 24:.1f}" == "22.0"
-    documents = [line.split() for line in text.splitlines() if line.startswith("  {txt} {png}")]
-    assert documents[0][2] == "12"
-    shortest, median, longest = (int(n) for n in documents[0][3:])
-    assert 24 < shortest <= median <= longest < 40
-    shares = [float(value) for value in re.findall(r"([\d.]+)%", text)]
+    assert (data["ids"], data["ids_each"]) == (total, total / 48)
+    modalities = rows(data["modalities"], "modality")
+    assert {name: row["ids"] for name, row in modalities.items()} == manifest.tokens
+    assert sum(row["share"] for row in modalities.values()) == pytest.approx(1)
+    items = {name: modalities[name]["items"] for name in ("image", "audio", "video")}
+    assert items == {"image": 24, "audio": 12, "video": 12}
+    assert modalities["image"]["ids_each"] == 22  # 16 codes, 4 digits of size and 2 marks
+    documents = rows(data["documents_of_templates"], "template")["{txt} {png}"]
+    assert documents["documents"] == 12
+    assert 24 < documents["shortest"] <= documents["median"] <= documents["longest"] < 40
+    shares = [float(value) for value in re.findall(r"([\d.]+)%", str(found))]
     assert sum(shares) == pytest.approx(100, abs=0.3)
 
 
 def test_folders_of_shards_are_added_up(raw_shards: Path, token_shards: Path) -> None:
-    raw = inspect(raw_shards)
-    assert raw.startswith(f"2 shards of {raw_shards}: 24 samples, ")
-    text = inspect(token_shards)
-    assert text.startswith(f"2 shards of {token_shards}: 96 samples, ")
+    raw = inspect(raw_shards).data()
+    assert (raw["kind"], raw["shards"], raw["samples"]) == ("shards", 2, 24)
+    assert "vocabulary" not in raw
+    found = inspect(token_shards)
+    data = found.data()
+    assert (data["shards"], data["samples"], data["documents"]) == (2, 96, 96)
     manifests = [Manifest.read(path) for path in sorted(token_shards.glob("*.tar"))]
     assert manifests[0].recipe is not None
-    assert f"vocabulary {manifests[0].recipe.vocabulary[:12]}" in text
-    for manifest in manifests:
-        assert rows(text)[manifest.shard].endswith(f" {sum(manifest.tokens.values()):,}")
+    assert data["vocabulary"] == [manifests[0].recipe.vocabulary]
+    assert [row["ids"] for row in data["files"]] == [sum(m.tokens.values()) for m in manifests]
     pattern = inspect(f"{token_shards}/dialpad-{{000000..000001}}.tar")
-    assert pattern.splitlines()[1:] == text.splitlines()[1:]
+    assert str(pattern).splitlines()[1:] == str(found).splitlines()[1:]
 
 
 def test_many_shards_are_listed_in_part(tmp_path: Path) -> None:
     for number in range(23):
         with ShardWriter(tmp_path / f"s-{number:03d}.tar") as writer:
             writer.write("a", {"txt": b"one"})
-    text = inspect(tmp_path)
-    assert text.startswith(f"23 shards of {tmp_path}: 23 samples")
+    found = inspect(tmp_path)
+    assert len(found.data()["files"]) == 23
+    text = str(found)
     assert "s-019.tar" in text
     assert "s-020.tar" not in text
     assert "and 3 more" in text
 
 
-def test_skipped_samples_are_named(raw_shards: Path, token_shards: Path, tmp_path: Path) -> None:
+def test_skipped_samples_are_named(token_shards: Path, tmp_path: Path) -> None:
     shutil.copytree(token_shards, tmp_path / "t")
     shard = tmp_path / "t/dialpad-000000.tar"
     manifest = Manifest.read(shard)
     note = {"key": "00000003", "reason": "not a picture"}
     Manifest(**{**vars(manifest), "skipped": (note,)}).write(shard.parent)
-    assert rows(inspect(shard))["left"] == "out 1, first 00000003: not a picture"
+    found = inspect(shard)
+    assert found.data()["left_out"] == [note]
+    assert re.search(r"left out +1, first 00000003: not a picture", str(found))
 
 
 def test_what_is_damaged_is_named(raw_shards: Path, token_shards: Path, tmp_path: Path) -> None:
@@ -228,11 +279,14 @@ def test_what_is_damaged_is_named(raw_shards: Path, token_shards: Path, tmp_path
 
 def test_parts_of_a_bundle(model_bundle: Path, tmp_path: Path) -> None:
     tok = UnifiedTokenizer.from_pretrained(model_bundle)
-    fingerprint = tok.vocabulary.fingerprint[:12]
-    assert f"fingerprint {fingerprint}" in inspect(model_bundle / "vocabulary.json")
-    assert f"text model: {tok.text.size:,} pieces" in inspect(model_bundle / "text.model")
+    vocabulary = inspect(model_bundle / "vocabulary.json").data()
+    assert vocabulary["fingerprint"] == tok.vocabulary.fingerprint
+    assert inspect(model_bundle / "text.model").data()["pieces"] == tok.text.size
     weights = inspect(model_bundle / "lm/model.safetensors")
-    assert re.search(r"embedding\.weight +F32 +\d+ x \d+\n", weights)
+    tensors = rows(weights.data()["tensors"], "tensor")
+    assert tensors["embedding.weight"]["type"] == "F32"
+    height, width = tensors["embedding.weight"]["shape"]
+    assert re.search(rf"embedding\.weight +F32 +{height} x {width}\n", str(weights))
     (tmp_path / "cut.safetensors").write_bytes(b"\x10")
     with pytest.raises(ValueError, match=r"cut\.safetensors: damaged safetensors file"):
         inspect(tmp_path / "cut.safetensors")
@@ -243,9 +297,9 @@ def test_a_hugging_face_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"lm_head.weight": torch.zeros(330, 8)}, tmp_path / "model.safetensors")
     found = inspect(tmp_path)
-    assert found.splitlines()[0] == f"Hugging Face model {tmp_path}: 1 tensors"
-    assert rows(found)["vocab_size"] == "330"
-    assert "`unimm convert`" in found
+    data = found.data()
+    assert (data["kind"], data["tensors"], data["vocab_size"]) == ("Hugging Face model", 1, 330)
+    assert "`unimm convert`" in str(found)
 
 
 def test_what_can_not_be_inspected_is_said(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 import unimm
-from unimm.checkpoint import verify
+from unimm.checkpoint import sha256, verify
 from unimm.cli import main
 from unimm.data.manifest import Manifest
 from unimm.evaluation import pipeline, worlds
@@ -207,7 +207,10 @@ def test_the_bundle_has_a_card_and_its_judges(done: Path) -> None:
     card = (done / "bundle/README.md").read_text()
     results = json.loads((done / "results.json").read_text())
     assert "# tiny world\n" in card
-    assert "Data: made by the test" in card
+    assert "## Training data\n\nmade by the test\n" in card
+    assert "| image codec | `vision`, " in card
+    weights = done / "bundle/lm/model.safetensors"
+    assert f"| lm/model.safetensors | {sha256(weights)} |" in card
     for name, value in results["accuracy"].items():
         assert f"| {name} | {value:.1%} |" in card
     for path in (done / "judges").rglob("*.*"):
