@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from unimm import load_codec
 from unimm.training.launch import AtomicCheckpointIO, launch, newest_checkpoint, read_checkpoint
 
 WriteRecipe = Callable[..., Path]
@@ -130,6 +131,26 @@ def test_a_run_goes_on_at_the_right_step(
 
     assert launch(["-c", recipe, "--trainer.max_steps", "12"]).trainer.global_step == 12
     assert steps(run) == list(range(1, 13))
+
+
+def test_a_trained_codec_is_trained_further(
+    audio_recipe: dict[str, Any], write_recipe: WriteRecipe
+) -> None:
+    codec = {"class_path": "unimm.load_codec", "init_args": {"name_or_path": "dialpad/audio"}}
+    steady = {"learning_rate": 0.0, "decay": 0.0}
+    recipe = write_recipe(
+        audio_recipe,
+        **{
+            "model.init_args.codec": codec,
+            "model.init_args.optimizer": steady,
+            "trainer.max_steps": 1,
+        },
+    )
+    trained = launch(["-c", str(recipe)]).model.codec
+    before = load_codec("dialpad/audio")
+    assert trained.config == before.config
+    for name, parameter in before.named_parameters():
+        assert torch.equal(trained.get_parameter(name), parameter)
 
 
 def test_a_resumed_run_equals_one_that_was_not_stopped(
