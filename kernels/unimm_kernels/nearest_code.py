@@ -8,6 +8,8 @@ to the lowest index. Source: van den Oord et al. 2017 (1711.00937), equation 1; 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,10 +19,29 @@ from unimm_kernels.backend import adjacent, as_op, resolve, tl, triton
 # Scores held at once on a CPU: 2 MiB, which stays in a core's cache. Measured on an AMD EPYC core
 # at d = 8: 0.26 ns a score in the product for 1024 x 512 tiles, 0.65 for 256 x 2048.
 TILE_ROWS, TILE_CODES = 1024, 512
+# Scores up to which one product and one argmin are cheaper than the tiles' twenty small steps.
+FEW_SCORES = 2**16
+
+
+class ScoredCodes(NamedTuple):
+    """What makes a score of a vector x: bias - x . code.
+
+    Args:
+        codes: (..., K, d); of unit length for the metric "cosine".
+        bias: (..., K).
+    """
+
+    codes: Tensor
+    bias: Tensor
 
 
 def nearest_code(
-    x: Tensor, codebook: Tensor, *, metric: str = "euclidean", implementation: str | None = None
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = "euclidean",
+    implementation: str | None = None,
+    scored: ScoredCodes | None = None,
 ) -> Tensor:
     """Index of the nearest code of each row; no gradient.
 
@@ -29,14 +50,17 @@ def nearest_code(
         codebook: (K, d), floating.
         metric: "euclidean", or "cosine" (a zero vector in x gets index 0).
         implementation: "triton", "torch" or None (by device).
+        scored: `scored_codes` of this codebook, which plain torch code makes anew where it is None.
 
     Returns:
         int64 (N,), the lowest index among equally near codes. Memory O(N + K d).
     """
     check_codes("nearest_code", x, codebook, 2, metric)
-    chosen = resolve(implementation, x)
-    run = search_op if as_op(chosen) else search_codes
-    return run(x, codebook, metric == "cosine", chosen)
+    chosen, cosine = resolve(implementation, x), metric == "cosine"
+    if as_op(chosen):
+        return search_op(x, codebook, cosine, chosen)
+    with torch.no_grad():
+        return search(*widened(x, scored or scored_codes(codebook, cosine)))
 
 
 def check_codes(op: str, x: Tensor, codebook: Tensor, ndim: int, metric: str) -> None:
@@ -54,14 +78,13 @@ def check_codes(op: str, x: Tensor, codebook: Tensor, ndim: int, metric: str) ->
 
 def search_codes(x: Tensor, codebook: Tensor, cosine: bool, implementation: str) -> Tensor:
     """`nearest_code` with all its choices made."""
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        codes, bias = scored_codes(codebook, cosine)
+    with torch.no_grad():
+        scored = scored_codes(codebook, cosine)
         if implementation == "triton":
             # Products of half-precision inputs are exact in float32: nothing is gained by widening.
             half = x.dtype == codebook.dtype and x.element_size() == 2 and not cosine
-            return _launch(x if half else x.float(), codebook if half else codes, bias)
-        wide = torch.promote_types(x.dtype, codes.dtype)
-        return search(x.to(wide), codes.to(wide), bias.to(wide))
+            return launch(x, codebook, scored.bias) if half else launch(x.float(), *scored)
+        return search(*widened(x, scored))
 
 
 search_op = torch.library.custom_op("unimm::nearest_code", search_codes, mutates_args=())
@@ -72,17 +95,35 @@ def _(x: Tensor, codebook: Tensor, cosine: bool, implementation: str) -> Tensor:
     return x.new_empty(x.shape[:1], dtype=torch.int64)
 
 
-def scored_codes(codebook: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
-    """Codes (..., K, d) and biases (..., K) such that a score is bias - x . code."""
+def scored_codes(codebook: Tensor, cosine: bool) -> ScoredCodes:
+    """What scores are made of, for many searches of the same codes.
+
+    Args:
+        codebook: (..., K, d), floating.
+        cosine: for the metric "cosine".
+
+    Returns:
+        float32, or float64 where the codes are.
+    """
     codes = codebook.to(torch.float64 if codebook.dtype == torch.float64 else torch.float32)
     if cosine:
         codes = F.normalize(codes, dim=-1)
-        return codes, codes.new_zeros(codes.shape[:-1])
-    return codes, codes.square().sum(-1) / 2
+        return ScoredCodes(codes, codes.new_zeros(codes.shape[:-1]))
+    return ScoredCodes(codes, codes.square().sum(-1) / 2)
+
+
+def widened(x: Tensor, scored: ScoredCodes) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, codes and biases of one dtype, the wider one."""
+    wide = torch.promote_types(x.dtype, scored.codes.dtype)
+    return x.to(wide), scored.codes.to(wide), scored.bias.to(wide)
 
 
 def search(x: Tensor, codes: Tensor, bias: Tensor) -> Tensor:
     """Plain torch search: tiles of scores, of which only new best rows are looked at twice."""
+    # Autocast leaves products with `out` as they are.
+    if len(x) * len(codes) <= FEW_SCORES:
+        scores = codes.new_empty(len(x), len(codes))
+        return torch.addmm(bias, x, codes.T, alpha=-1, out=scores).argmin(1)
     index = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     scores = codes.new_empty(min(TILE_ROWS, x.shape[0]) * min(TILE_CODES, codes.shape[0]))
     for row in range(0, x.shape[0], TILE_ROWS):
@@ -158,7 +199,8 @@ def tile_of(d: int, element_size: int) -> tuple[int, int, int, bool]:
     return 128, 128, min(block_d, 128), block_d > 128
 
 
-def _launch(x: Tensor, codes: Tensor, bias: Tensor) -> Tensor:
+def launch(x: Tensor, codes: Tensor, bias: Tensor) -> Tensor:
+    """The Triton search."""
     x, codes = adjacent(x, codes)
     index = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     rows, columns, block_d, split = tile_of(x.shape[1], x.element_size())

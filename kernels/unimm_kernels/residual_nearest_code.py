@@ -11,11 +11,14 @@ from torch import Tensor
 
 from unimm_kernels.backend import adjacent, as_op, resolve, tl, triton
 from unimm_kernels.nearest_code import (
+    ScoredCodes,
     best_of_tile,
     check_codes,
+    launch,
     lowest_index,
     scored_codes,
-    search_codes,
+    search,
+    widened,
 )
 
 # Channels whose residuals one program holds in registers; wider vectors go level by level.
@@ -23,7 +26,12 @@ FUSED_CHANNELS = 128
 
 
 def residual_nearest_code(
-    x: Tensor, codebooks: Tensor, *, metric: str = "euclidean", implementation: str | None = None
+    x: Tensor,
+    codebooks: Tensor,
+    *,
+    metric: str = "euclidean",
+    implementation: str | None = None,
+    scored: ScoredCodes | None = None,
 ) -> Tensor:
     """Indices of all levels; no gradient.
 
@@ -33,21 +41,25 @@ def residual_nearest_code(
         metric: "euclidean" or "cosine", how each level chooses; what is subtracted is the code
             itself in both.
         implementation: "triton", "torch" or None (by device).
+        scored: `scored_codes` of these codebooks, which plain torch code makes anew where it is
+            None.
 
     Returns:
         int64 (N, L). Residuals are float32 (float64 for float64 codebooks).
     """
     check_codes("residual_nearest_code", x, codebooks, 3, metric)
-    chosen = resolve(implementation, x)
-    run = _residual_op if as_op(chosen) else _residual_codes
-    return run(x, codebooks, metric == "cosine", chosen)
+    chosen, cosine = resolve(implementation, x), metric == "cosine"
+    if as_op(chosen):
+        return _residual_op(x, codebooks, cosine, chosen)
+    with torch.no_grad():
+        return _by_level(x, codebooks, scored or scored_codes(codebooks, cosine), chosen)
 
 
 def _residual_codes(x: Tensor, codebooks: Tensor, cosine: bool, implementation: str) -> Tensor:
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad():
         if implementation == "triton" and x.shape[1] <= FUSED_CHANNELS:
             return _launch(x, codebooks, cosine)
-        return _by_level(x, codebooks, cosine, implementation)
+        return _by_level(x, codebooks, scored_codes(codebooks, cosine), implementation)
 
 
 _residual_op = torch.library.custom_op(
@@ -60,16 +72,16 @@ def _(x: Tensor, codebooks: Tensor, cosine: bool, implementation: str) -> Tensor
     return x.new_empty((x.shape[0], codebooks.shape[0]), dtype=torch.int64)
 
 
-def _by_level(x: Tensor, codebooks: Tensor, cosine: bool, implementation: str) -> Tensor:
+def _by_level(x: Tensor, codebooks: Tensor, scored: ScoredCodes, implementation: str) -> Tensor:
     """The formula as it stands, one search for each level."""
-    indices = torch.empty(x.shape[0], len(codebooks), dtype=torch.int64, device=x.device)
-    wide = torch.float64 if torch.float64 in (x.dtype, codebooks.dtype) else torch.float32
-    residual = x.to(wide)
-    for level, codebook in enumerate(codebooks):
-        found = search_codes(residual, codebook, cosine, implementation)
-        indices[:, level] = found
-        residual = residual - codebook[found].to(wide)
-    return indices
+    run = launch if implementation == "triton" else search
+    residual, *parts = widened(x, scored)
+    indices: list[Tensor] = []
+    for codebook, codes, bias in zip(codebooks.unbind(), *map(torch.unbind, parts), strict=True):
+        found = run(residual, codes, bias)
+        indices.append(found)
+        residual = residual - codebook[found]
+    return torch.stack(indices, dim=1)
 
 
 @triton.jit

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unimm_kernels import code_sums, nearest_code, residual_nearest_code
+from unimm_kernels import (
+    ScoredCodes,
+    code_sums,
+    nearest_code,
+    residual_nearest_code,
+    scored_codes,
+)
 from unimm_kernels.testing import poisoned_memory
 
 IMPLEMENTATIONS = ["torch", "triton"]
@@ -109,6 +115,22 @@ def test_residual(
     for level in range(levels):
         assert_nearest(index[:, level], residual, codebooks[level], metric)
         residual = residual - codebooks[level][index[:, level]]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_scores_may_be_made_before(metric: str) -> None:
+    """One search of many rows, searches of few, and searches with scores that were kept."""
+    x, codebooks = torch.randn(300, 8), torch.randn(3, 700, 8)
+    scored = scored_codes(codebooks, metric == "cosine")
+    whole = residual_nearest_code(x, codebooks, metric=metric)
+    parts = [
+        residual_nearest_code(part, codebooks, metric=metric, scored=scored) for part in x.split(7)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    first = nearest_code(
+        x, codebooks[0], metric=metric, scored=ScoredCodes(scored.codes[0], scored.bias[0])
+    )
+    assert torch.equal(first, whole[:, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from unimm_tokenizers.quantize import ResidualVectorQuantizer, code_usage
-from unimm_tokenizers.quantize.codebooks import MovingCodebooks
+from unimm_tokenizers.quantize import (
+    FactorizedResidualQuantizer,
+    ResidualVectorQuantizer,
+    code_usage,
+)
+from unimm_tokenizers.quantize.codebooks import KeptScores, MovingCodebooks
 
 DIM = 4
 
@@ -75,6 +79,40 @@ def test_a_large_codebook_on_small_batches_is_not_churned() -> None:
     assert moved < 0.25 * 512  # 25 windows of 512 vectors
     codes = quantizer.eval()(torch.randn(1, DIM, 20000)).codes
     assert float(code_usage(codes, 512).usage) > 0.95
+
+
+def test_kept_scores_follow_their_codes() -> None:
+    """Values that change, in a view or a load, and another tensor are seen; else none are made."""
+    scores, codes = KeptScores(cosine=False), torch.randn(2, 5, DIM)
+
+    def bias() -> Tensor:
+        kept = scores.of(codes, slice(2))
+        assert kept is not None
+        torch.testing.assert_close(kept.bias, codes.square().sum(-1) / 2)
+        return kept.bias
+
+    assert bias().data_ptr() == bias().data_ptr()
+    codes[1, 3:] = 7.0
+    bias()
+    codes.copy_(torch.randn(2, 5, DIM))
+    bias()
+    codes = torch.randn(2, 5, DIM)
+    bias()
+    with torch.inference_mode():
+        assert scores.of(torch.randn(2, 5, DIM), 0) is None  # has no count of its changes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantizer", [ResidualVectorQuantizer, FactorizedResidualQuantizer])
+def test_codes_that_change_are_searched_as_they_are(
+    quantizer: type[ResidualVectorQuantizer | FactorizedResidualQuantizer],
+) -> None:
+    made = quantizer(DIM, 16, 2).eval()
+    latents = torch.randn(1, DIM, 50)
+    made.nearest(latents)
+    other = quantizer(DIM, 16, 2).eval()
+    made.load_state_dict(other.state_dict())
+    assert torch.equal(made.nearest(latents), other.nearest(latents))
 
 
 WORKER = """

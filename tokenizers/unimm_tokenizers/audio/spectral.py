@@ -25,6 +25,7 @@ from unimm_tokenizers.audio.layers import (
     CausalStack,
     CausalUpsample,
     Past,
+    Pointwise,
     ResidualUnit,
     reach,
     tail,
@@ -109,7 +110,7 @@ class SpectralCodec(StreamingCodec):
             CausalConv(width, width, 2 * ratio, stride=ratio),
             ResidualUnit(width, 1, kernel=3),
             nn.ELU(),
-            nn.Conv1d(width, dim, 1),
+            Pointwise(width, dim),
             *bottleneck(dim, *attention),
         )
         self.quantizer = build_quantizer(config)
@@ -153,20 +154,23 @@ class SpectralCodec(StreamingCodec):
             before: (B, C, window - hop) samples before it; None: silence.
         """
         config = self.config
-        lead = config.window - config.hop
-        padded = F.pad(x, (lead, 0)) if before is None else torch.cat([before, x], dim=-1)
-        frames = padded.float().unfold(-1, config.window, config.hop) * self.window
+        frames = self._after(before, x).float().unfold(-1, config.window, config.hop) * self.window
         log = torch.fft.rfft(frames).abs().clamp(min=FLOOR).log()
         return log.transpose(2, 3).flatten(1, 2)
 
     def latents(self, x: Tensor, past: EncoderPast | None) -> tuple[Tensor, EncoderPast]:
         """See `StreamingCodec.latents`."""
-        lead = self.config.window - self.config.hop
         before, layers = (None, None) if past is None else past
         log = self.log_magnitudes(x, before).to(x.dtype)
         latents, layers = self.encoder.step(scaled(log), layers)
-        seen = F.pad(x, (lead, 0)) if before is None else torch.cat([before, x], dim=-1)
-        return latents, EncoderPast(tail(seen, lead), layers)
+        seen = tail(self._after(before, x), self.config.window - self.config.hop)
+        return latents, EncoderPast(seen, layers)
+
+    def _after(self, before: Tensor | None, x: Tensor) -> Tensor:
+        """The sound behind the `window - hop` samples before it; None: silence."""
+        if before is None:
+            return F.pad(x, (self.config.window - self.config.hop, 0))
+        return torch.cat([before, x], dim=-1)
 
     def signal(
         self, latents: Tensor, past: DecoderPast | None, *, last: bool

@@ -56,10 +56,14 @@ class Quantizer(nn.Module, ABC):
     def forward(self, latents: Tensor) -> Quantized:
         """Quantize, in float32 whatever the autocast type; updates codebooks while training."""
         if self.training and self.warming_up:
-            shape = (latents.shape[0], self.num_codebooks, *latents.shape[2:])
-            codes = torch.full(shape, -1, dtype=torch.int64, device=latents.device)
-            return Quantized(latents.float(), codes, latents.new_zeros((), dtype=torch.float32))
+            return self.passed_through(latents)
         return self.quantize(latents)
+
+    def passed_through(self, latents: Tensor) -> Quantized:
+        """Latents (B, D, *grid) as they are, in float32, with codes -1 and no loss."""
+        shape = (len(latents), self.num_codebooks, *latents.shape[2:])
+        codes = torch.full(shape, -1, dtype=torch.int64, device=latents.device)
+        return Quantized(latents.float(), codes, latents.new_zeros((), dtype=torch.float32))
 
     @abstractmethod
     def quantize(self, latents: Tensor) -> Quantized:

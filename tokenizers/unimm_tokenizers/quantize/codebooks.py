@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimm_kernels import code_sums, nearest_code
+from unimm_kernels import ScoredCodes, code_sums, nearest_code, scored_codes
 from unimm_tokenizers.ranks import (
     from_first_rank,
     gather_rows,
@@ -49,6 +49,31 @@ class StartPool:
             return None
         pool, self.parts = torch.cat(self.parts), []
         return pool
+
+
+class KeptScores:
+    """`scored_codes` of codes that rarely change: they cost a stream's search more than itself.
+
+    Args:
+        cosine: codes are compared by angle.
+    """
+
+    def __init__(self, *, cosine: bool) -> None:
+        self.cosine = cosine
+        self._made: tuple[Tensor, int, ScoredCodes] | None = None
+
+    def of(self, codes: Tensor, part: int | slice) -> ScoredCodes | None:
+        """Those of codes[part], made again for another tensor (..., K, d) and for changed values.
+
+        None where a search makes its own: in Triton, and what is compiled.
+        """
+        if codes.is_cuda or codes.is_inference() or torch.compiler.is_compiling():
+            return None
+        # What writes into a tensor counts its version up, in all views of it; `.data` does not.
+        if self._made is None or self._made[0] is not codes or self._made[1] != codes._version:
+            self._made = codes, codes._version, scored_codes(codes, self.cosine)
+        scored, bias = self._made[2]
+        return ScoredCodes(scored[part], bias[part])
 
 
 class MovingCodebooks(nn.Module):

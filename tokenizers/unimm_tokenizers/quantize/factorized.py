@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from unimm_kernels import nearest_code
 from unimm_tokenizers.quantize.base import Quantized, Quantizer
-from unimm_tokenizers.quantize.codebooks import MovingCodebooks, StartPool
+from unimm_tokenizers.quantize.codebooks import KeptScores, MovingCodebooks, StartPool
 from unimm_tokenizers.quantize.vector import COMMITMENT, POOL, random_levels
 
 
@@ -26,11 +25,12 @@ class _Level(nn.Module):
         self.project_in = nn.Linear(dim, width)
         self.project_out = nn.Linear(width, dim)
         self.book = MovingCodebooks(1, size, width)
+        self._scores = KeptScores(cosine=True)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Rows (N, d) -> int64 (N,)."""
-        codes = F.normalize(self.book.codes[0], dim=-1)
-        return nearest_code(F.normalize(x, dim=-1), codes, metric="cosine")
+        scored = self._scores.of(self.book.codes, 0)
+        return nearest_code(x, self.book.codes[0], metric="cosine", scored=scored)
 
     def decode(self, codes: Tensor) -> Tensor:
         """int64 (...) -> (..., D)."""
@@ -87,9 +87,7 @@ class FactorizedResidualQuantizer(Quantizer):
         with torch.autocast(latents.device.type, enabled=False):
             rows = latents.float().flatten(2).transpose(1, 2)
             if self.training and not self._start(rows.detach()):
-                shape = (len(latents), self.num_codebooks, *grid)
-                codes = torch.full(shape, -1, device=latents.device)
-                return Quantized(latents.float(), codes, rows.new_zeros(()))
+                return self.passed_through(latents)
             total, codes, loss = self._code(rows)
         quantized = total + (rows - rows.detach())
         quantized = quantized.transpose(1, 2).unflatten(2, grid)

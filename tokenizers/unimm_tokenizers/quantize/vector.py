@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from unimm_kernels import residual_nearest_code
 from unimm_tokenizers.quantize.base import Quantized, Quantizer
-from unimm_tokenizers.quantize.codebooks import MovingCodebooks, StartPool
+from unimm_tokenizers.quantize.codebooks import KeptScores, MovingCodebooks, StartPool
 
 COMMITMENT = 0.25
 POOL = 2  # vectors per code that k-means starts from
@@ -73,6 +73,7 @@ class ResidualVectorQuantizer(Quantizer):
         self.started: Tensor
         self.register_buffer("started", torch.tensor(False))
         self._pool = StartPool(POOL * codebook_size)
+        self._scores = KeptScores(cosine=cosine)
 
     def restart_statistics(self) -> None:
         """See `Quantizer.restart_statistics`."""
@@ -84,10 +85,8 @@ class ResidualVectorQuantizer(Quantizer):
         with torch.autocast(latents.device.type, enabled=False):
             rows = self._rows(latents)
             if self.training and not self._start(rows.detach()):
-                shape = (len(latents), self.num_codebooks, *grid)
-                codes = torch.full(shape, -1, device=latents.device)
                 passed = self.project_out(rows).transpose(1, 2).unflatten(2, grid)
-                return Quantized(passed, codes, passed.new_zeros(()))
+                return self.passed_through(passed)
             quantized, codes, loss = self._code(rows)
             quantized = self.project_out(rows + (quantized - rows).detach())
         quantized = quantized.transpose(1, 2).unflatten(2, grid)
@@ -107,8 +106,9 @@ class ResidualVectorQuantizer(Quantizer):
     def _search(self, rows: Tensor) -> Tensor:
         """(B, N, d) -> codes (K, B, N)."""
         metric = "cosine" if self.cosine else "euclidean"
-        books = self.codebooks.codes[: self.num_codebooks]
-        codes = residual_nearest_code(rows.flatten(0, 1), books, metric=metric)
+        books, used = self.codebooks.codes, slice(self.num_codebooks)
+        scored = self._scores.of(books, used)
+        codes = residual_nearest_code(rows.flatten(0, 1), books[used], metric=metric, scored=scored)
         return codes.T.unflatten(1, rows.shape[:2])
 
     def _code(self, rows: Tensor) -> Quantized:
@@ -143,15 +143,11 @@ class ResidualVectorQuantizer(Quantizer):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """See `Quantizer.lookup`; levels with code -1 add nothing."""
-        grid = codes.shape[2:]
-        flat = codes.flatten(2)
-        books = self.codebooks.codes[: codes.shape[1]]
-        vectors = [
-            book[level.clamp(min=0)] * (level >= 0)[..., None]
-            for book, level in zip(books, flat.unbind(1), strict=True)
-        ]
-        total = vectors[0]
-        for vector in vectors[1:]:  # one by one, so that no sum depends on how much is looked up
+        flat, grid = codes.flatten(2), codes.shape[2:]
+        levels = torch.arange(flat.shape[1], device=flat.device)[:, None]
+        vectors = self.codebooks.codes[levels, flat.clamp(min=0)] * (flat >= 0)[..., None]
+        total, *rest = vectors.unbind(1)
+        for vector in rest:  # one by one, so that no sum depends on how much is looked up
             total = total + vector
         return self.project_out(total).transpose(1, 2).unflatten(2, grid)
 
