@@ -1,13 +1,14 @@
 """Sound codecs: how fast they are, and how good beside Opus and MP3.
 
-    python benchmarks/audio.py                                   speed alone
-    python benchmarks/audio.py --sounds FOLDER --digits fsdd.tar   and quality
+    python benchmarks/audio.py                                    speed alone
+    python benchmarks/audio.py --held-back runs/audio/raw/val     and quality
+                               --trained-on runs/audio/raw/train  and codes used in training
 
 Speed: real-time factors (seconds of sound per second of one thread's processor time) of the preset
 `encodec-24khz` beside EnCodec and DAC as `transformers` has them, all with random weights, in one
 run; and of streams beside the whole. Quality: shipped codecs on the sound that their training held
-back, with 2, 4 and all levels, beside Opus and MP3 at low settings. Bitrates of files count all
-their bytes; neither format goes as low as these codecs do.
+back, as `recipes/audio/prepare.py` writes it, with 2, 4 and all levels, beside Opus and MP3 at low
+settings. Bitrates of files count all their bytes; neither format goes as low as these codecs do.
 """
 
 import argparse
@@ -24,14 +25,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import soundfile
 import torch
 import torchaudio
 from kernel_meter import Meter, write
 from torch import Tensor
 
 from unimm import build_codec, load_codec
-from unimm.data.digits import read_fsdd
+from unimm.data.shards import ShardReader, expand
+from unimm.data.sounds import SoundReader
 from unimm.evaluation.metrics.sound import mel_distance, stft_distance
 from unimm.evaluation.reconstruction.extras import speech_quality, unavailable
 from unimm_tokenizers import Codec
@@ -46,7 +47,6 @@ LEVELS = (2, 4, 12)
 OPUS, MP3 = (6, 12), (8, 16)  # kbit/s that are asked for
 SPEECH = ("pesq_wb", "pesq_nb", "stoi", "visqol")
 LONGEST = 10  # seconds of each sound that quality is measured on
-HELD_BACK = "speech-3436"  # whole; of the other recordings the last fifth
 SKIPPED = "not measured"
 
 
@@ -72,6 +72,17 @@ class Quality:
     mel: float
     stft: float
     speech: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """How a codec uses its codes on some sound, by level: share of codes, bits per code."""
+
+    codec: str
+    sound: str
+    frames: int
+    used: list[float]
+    bits: list[float]
 
 
 def speeds(meter: Meter) -> Iterator[Speed]:
@@ -157,42 +168,44 @@ def noise(channels: int, length: int) -> Tensor:
     return 0.1 * torch.randn(1, channels, length, generator=torch.Generator().manual_seed(0))
 
 
-def held_back(sounds: Path, rate: int) -> dict[str, list[Tensor]]:
-    """Kind -> sounds (1, 1, T) that no training of `recipes/audio` has seen."""
+def sounds_of(shards: Path, rate: int) -> dict[str, list[Tensor]]:
+    """Kind -> sounds (1, 1, T): pieces of a recording, `kind-name-number`, put together again."""
+    pieces: dict[tuple[str, int], list[Tensor]] = {}
+    for path in expand(shards):
+        for sample in ShardReader(path):
+            sound = SoundReader(sample["flac"])
+            name = sample.key.rpartition("-")[0]
+            pieces.setdefault((name, sound.sample_rate), []).append(sound.whole())
     found: dict[str, list[Tensor]] = {}
-    for path in sorted(sounds.glob("*.ogg")):
-        samples, own = soundfile.read(path, dtype="float32", always_2d=True)
-        mono = torch.from_numpy(samples).mean(1)[None, None]
-        if path.stem != HELD_BACK:
-            mono = mono[..., mono.shape[-1] * 4 // 5 :]
-        sound = torchaudio.functional.resample(mono, own, rate).clamp(-1, 1)
-        kind = path.stem.split("-")[0]
-        name = "unseen speaker" if path.stem == HELD_BACK else kind
-        found.setdefault(name, []).append(sound)
+    for (name, own), parts in pieces.items():
+        whole = torchaudio.functional.resample(torch.cat(parts, dim=1), own, rate).clamp(-1, 1)
+        found.setdefault(name.split("-")[0].replace("_", " "), []).append(whole[None])
     return found
 
 
-def digits(tar: Path, rate: int) -> dict[str, list[Tensor]]:
-    """Takes 5 to 9 of each speaker as one sound."""
-    speakers: dict[str, list[Tensor]] = {}
-    for recording in read_fsdd(tar):
-        if recording.take in range(5, 10):
-            speakers.setdefault(recording.speaker, []).append(recording.audio.samples)
-    joined = [torch.cat(takes, dim=1)[None] for takes in speakers.values()]
-    return {"digits": [torchaudio.functional.resample(x, 8000, rate).clamp(-1, 1) for x in joined]}
+def usage(name: str, sound: str, kinds: dict[str, list[Tensor]]) -> Usage:
+    """Over all sounds whole, with all levels."""
+    codec = load_codec(name)
+    counter = UsageCounter(codec.num_codebooks, codec.codebook_size)
+    for each in (each for kind in kinds.values() for each in kind):
+        counter.update(codec.encode(each))
+    frames, found = int(counter.counts[0].sum()), counter.finish()
+    return Usage(
+        codec=name,
+        sound=sound,
+        frames=frames,
+        used=found.usage.tolist(),
+        bits=found.entropy.tolist(),
+    )
 
 
-def qualities(name: str, kinds: dict[str, list[Tensor]], notes: list[str]) -> Iterator[Quality]:
-    """A shipped codec at some numbers of levels, and the classical ones; notes on its codes."""
+def qualities(name: str, kinds: dict[str, list[Tensor]]) -> Iterator[Quality]:
+    """A shipped codec at some numbers of levels, and the classical ones."""
     codec = load_codec(name)
     assert isinstance(codec, StreamingCodec)
     assert codec.sample_rate is not None
     most = codec.num_codebooks
-    counter = UsageCounter(most, codec.codebook_size)
     for kind, whole in kinds.items():
-        codec.num_codebooks = most
-        for sound in whole:
-            counter.update(codec.encode(sound))
         sounds = [sound[..., : LONGEST * codec.sample_rate] for sound in whole]
         for levels in LEVELS:
             if levels <= most:
@@ -201,12 +214,6 @@ def qualities(name: str, kinds: dict[str, list[Tensor]], notes: list[str]) -> It
         for form, settings in (("opus", OPUS), ("mp3", MP3)):
             for setting in settings:
                 yield classical(form, setting, codec.sample_rate, kind, sounds)
-    frames, usage = int(counter.counts[0].sum()), counter.finish()
-    notes.append(
-        f"{name}: {frames:,} frames of held-back sound; of each level's codes used "
-        f"{', '.join(f'{u:.1%}' for u in usage.usage.tolist())}; bits per code "
-        f"{', '.join(f'{e:.2f}' for e in usage.entropy.tolist())}."
-    )
 
 
 def classical(form: str, setting: int, rate: int, kind: str, sounds: list[Tensor]) -> Quality:
@@ -245,7 +252,7 @@ def quality(
 
 
 def report(
-    machine: str, fast: Sequence[Speed], good: Sequence[Quality], notes: Sequence[str]
+    machine: str, fast: Sequence[Speed], good: Sequence[Quality], used: Sequence[Usage]
 ) -> str:
     lines = [f"# Sound codecs\n\n{machine}\n", "## Speed, times real time, one thread\n"]
     lines += ["| codec | M parameters | chunk | encode | decode |", "|---|---|---|---|---|"]
@@ -263,15 +270,23 @@ def report(
             cells = [f"{q.speech[m]:.2f}" if m in q.speech else "-" for m in measures]
             head = f"{q.sound} ({q.seconds:.0f} s) | {q.codec} | {q.kbps:.2f}"
             lines += [f"| {head} | {q.mel:.3f} | {q.stft:.3f} | {' | '.join(cells)} |"]
-        lines += ["", *notes]
+    if used:
+        lines += ["\n## Codes used\n"]
+        levels = max(len(each.used) for each in used)
+        lines += [f"| codec | sound | frames | | {' | '.join(map(str, range(1, levels + 1)))} |"]
+        lines += ["|" + "---|" * (4 + levels)]
+        for each in used:
+            head = f"{each.codec} | {each.sound} | {each.frames:,}"
+            lines += [f"| {head} | share | {' | '.join(f'{x:.1%}' for x in each.used)} |"]
+            lines += [f"| {head} | bits | {' | '.join(f'{x:.2f}' for x in each.bits)} |"]
     return "\n".join(lines) + "\n"
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sounds", type=Path, help="folder of recordings, as recipes/audio has it")
-    parser.add_argument("--digits", type=Path, help="fsdd.tar")
+    parser.add_argument("--held-back", type=Path, help="shards of recipes/audio/prepare.py: val")
+    parser.add_argument("--trained-on", type=Path, help="shards of the same: train")
     parser.add_argument("--codecs", nargs="+", default=["sound-16khz"])
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--seconds", type=float, default=3.0, help="for which each speed is timed")
@@ -280,16 +295,18 @@ def main() -> None:
     torch.set_num_threads(1)
     fast = [] if args.no_speed else list(speeds(Meter("cpu", args.seconds)))
     good: list[Quality] = []
-    notes: list[str] = []
-    if args.sounds is not None:
-        for name in args.codecs:
-            rate = load_codec(name).sample_rate
-            assert rate is not None
-            kinds = held_back(args.sounds, rate)
-            kinds |= digits(args.digits, rate) if args.digits is not None else {}
-            for each in qualities(name, kinds, notes):
+    used: list[Usage] = []
+    for name in args.codecs:
+        rate = load_codec(name).sample_rate
+        assert rate is not None
+        if args.held_back is not None:
+            kinds = sounds_of(args.held_back, rate)
+            used.append(usage(name, "held back", kinds))
+            for each in qualities(name, kinds):
                 print(f"{each.sound}: {each.codec}: mel {each.mel:.3f}", flush=True)
                 good.append(each)
+        if args.trained_on is not None:
+            used.append(usage(name, "of the training", sounds_of(args.trained_on, rate)))
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     machine = (
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {load:.1f}, "
@@ -301,10 +318,10 @@ def main() -> None:
         "machine": machine,
         "speed": [asdict(each) for each in fast],
         "quality": [asdict(each) for each in good],
-        "codes": notes,
+        "codes": [asdict(each) for each in used],
     }
     write(stem.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
-    text = report(machine, fast, good, notes)
+    text = report(machine, fast, good, used)
     write(stem.with_suffix(".md"), text)
     print(text)
 

@@ -2,9 +2,10 @@
 
     python recipes/audio/prepare.py --sounds FOLDER --digits fsdd.tar --out runs/audio/raw
 
-Held back: the last fifth of every recording, all of `HELD_BACK` (a speaker that training never
-hears), and takes 5 to 9 of the digits. Training pieces come at several speeds and loudnesses, which
-stands in for the voices and rooms that a few minutes of sound do not have.
+Held back: the last fifth of every recording, all of `UNSEEN` (a speaker that training never hears),
+and takes 5 to 9 of the digits; `benchmarks/audio.py` measures on these shards. Training pieces come
+at several speeds and loudnesses, which stands in for the voices and rooms that a few minutes of
+sound do not have.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from unimm.data.dialpad import write_shards
 from unimm.data.digits import read_fsdd
 
 RATE = 16000
-HELD_BACK = "speech-3436"
+UNSEEN = {"speech-3436": "unseen_speaker-3436"}  # recordings held back whole -> their names there
 TRAIN_PIECE, VAL_PIECE = 2 * RATE, 4 * RATE
 # Kind of recording (the first word of its name) -> how often each second of it is heard: speech is
 # a thirtieth of the music.
@@ -64,16 +65,16 @@ def flac(sound: Tensor) -> dict[str, bytes]:
 
 
 def recordings(folder: Path, *, training: bool) -> Iterator[tuple[str, Tensor]]:
-    """Name and sound of each recording's part."""
+    """Name (kind first, then `-`) and sound of each recording's part."""
     paths = sorted(folder.glob("*.ogg"))
     if not paths:
         raise SystemExit(f"{folder}: no .ogg files; name the folder of the recordings")
     for path in paths:
         sound = read(path)
-        cut = 0 if path.stem == HELD_BACK else sound.shape[1] * 4 // 5
+        cut = 0 if path.stem in UNSEEN else sound.shape[1] * 4 // 5
         part = sound[:, :cut] if training else sound[:, cut:]
         if part.numel():
-            yield path.stem, part
+            yield UNSEEN.get(path.stem, path.stem), part
 
 
 def digit_strings(tar: Path, *, training: bool) -> Iterator[tuple[str, Tensor]]:

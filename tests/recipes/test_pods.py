@@ -52,7 +52,7 @@ def shape_of(path: Path) -> ModelConfig:
 
 def test_every_recipe_has_all_parts() -> None:
     assert DECODERS == ["dialpad", "digits", "photos", "pod-1b", "pod-350m", "pod-8b"]
-    assert [*DECODERS, "semantic"] == LAUNCHED
+    assert ["audio", *DECODERS, "semantic"] == LAUNCHED
     for name in LAUNCHED:
         assert {path.name for path in (RECIPES / name / "launch").iterdir()} == FILES
         for part in ("debug.yaml", "data.md", "expected.json", "README.md"):
@@ -136,7 +136,7 @@ def test_expected_losses_begin_at_chance(name: str) -> None:
 
 
 def config_of(text: str) -> str:
-    found = re.search(r"recipes/(\S+/\w+\.yaml)", text)
+    found = re.search(r"recipes/(\S+/[\w-]+\.yaml)", text)
     assert found is not None
     return found[1]
 
