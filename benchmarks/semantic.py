@@ -30,8 +30,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unimm import load_codec
+from unimm.data.captioned import text_bytes
 from unimm.data.composed import best_overlap, composed_scene
 from unimm.data.signals_data import SignalConfig, SignalDataset
+from unimm.evaluation.metrics import CODEC_RANGE, psnr
 from unimm.evaluation.statistics import (
     bootstrap_mean,
     paired_difference,
@@ -150,11 +152,6 @@ def mean(values: Tensor | list[float]) -> dict[str, float]:
     return {"mean": found.value, "low": found.low, "high": found.high, "n": len(numbers)}
 
 
-def psnr(made: Tensor, real: Tensor) -> Tensor:
-    """dB of each picture (n,), signals in [-1, 1]."""
-    return 10 * (4 / (made - real).square().flatten(1).mean(1).double().clamp(min=1e-10)).log10()
-
-
 def overlaps(codec: SemanticCodec, count: int, grounds: Tensor) -> dict[str, Any]:
     """IoU of digits and grounds with the regions that fit them best."""
     out: dict[str, Any] = {}
@@ -228,7 +225,7 @@ def note(
     key = f"{kind}, {name}"
     out["tokens"][key] = {"median": float(tokens.median()), **mean(tokens)}
     out["bits"][key] = float(bits(codec, coded.codes).mean())
-    each = psnr(coded.made, real)
+    each = psnr(coded.made, real, data_range=CODEC_RANGE)
     out["psnr"][key] = mean(each)
     return each
 
@@ -266,15 +263,10 @@ def kinds() -> dict[str, SemanticCodec]:
     }
 
 
-def text_of(words: list[str]) -> Tensor:
-    """Words as bytes (n, 16), padded with 0."""
-    return torch.tensor([[*w.encode()[:16], *(0,) * (16 - len(w.encode()[:16]))] for w in words])
-
-
 def batches(data: Labelled, size: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Pictures and their names, the same for every codec."""
     rng = torch.Generator().manual_seed(0)
-    names = text_of(data.names)
+    names = torch.stack([text_bytes(name) for name in data.names])
     for _ in range(steps):
         chosen = torch.randint(len(data.labels), (size,), generator=rng)
         yield data.pictures[chosen], names[data.labels[chosen]]
@@ -314,7 +306,7 @@ def companions(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "parameters": sum(p.numel() for p in codec.parameters()),
                 "tokens": float(tokens.mean()),
                 "bits": float(bits(codec, new.codes).mean()),
-                "psnr": mean(psnr(new.made, val.pictures)),
+                "psnr": mean(psnr(new.made, val.pictures, data_range=CODEC_RANGE)),
                 "probe": share(guess == val.labels),
                 "step_ms": 1000 * seconds / options.companions,
             }

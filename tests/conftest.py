@@ -61,3 +61,30 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set UNIMM_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def lpips_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A narrow VGG16 of random weights and heads, in the files of their authors, packed.
+
+    Gives the packed file, beside which the two lie, and its sha256.
+    """
+    from unimm_tokenizers.losses import pack_lpips  # late: see the top
+
+    folder = tmp_path_factory.mktemp("lpips")
+    generator = torch.Generator().manual_seed(0)
+    vgg: dict[str, torch.Tensor] = {}
+    heads: dict[str, torch.Tensor] = {}
+    width = 3
+    for depth, places in enumerate(((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))):
+        for place in places:
+            shape = (4 + depth, width, 3, 3)
+            vgg[f"features.{place}.weight"] = torch.randn(shape, generator=generator) * 0.3
+            vgg[f"features.{place}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
+            width = shape[0]
+        head = torch.rand(1, width, 1, 1, generator=generator)
+        heads[f"lin{depth}.model.1.weight"] = head
+    torch.save({**vgg, "classifier.0.weight": torch.zeros(1)}, folder / "vgg16.pth")
+    torch.save(heads, folder / "vgg.pth")
+    out = folder / "lpips.safetensors"
+    return out, pack_lpips(folder / "vgg16.pth", folder / "vgg.pth", out)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -70,12 +70,17 @@ class CodecTask(Task):
         """See `Task.exported`."""
         return self.codec
 
+    def beside(self) -> list[nn.Module]:
+        """What trains with the codec, by the same loss, and is not exported."""
+        return [] if self.distillation is None else [self.distillation.projection]
+
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """The codec's optimizers first, then the discriminators'."""
         optimizers = build_optimizers(self.codec, self.optimizer_config)
-        plain = dataclasses.replace(self.optimizer_config, matrices="adamw")
-        if self.distillation is not None:
-            optimizers += build_optimizers(self.distillation.projection, plain)
+        # Rules name the codec's parameters.
+        plain = dataclasses.replace(self.optimizer_config, matrices="adamw", rules=())
+        for module in self.beside():
+            optimizers += build_optimizers(module, plain)
         self._codec_optimizers = len(optimizers)
         if self.adversary is not None:
             optimizers += build_optimizers(self.adversary, plain)
@@ -89,8 +94,7 @@ class CodecTask(Task):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One step on every modality of the batch together."""
-        step = self.global_step
-        self.codec.quantizer.warming_up = step < self.quantizer_start
+        self.codec.quantizer.warming_up = self.global_step < self.quantizer_start
         terms: dict[str, Tensor] = {}
         made: list[tuple[Tensor, Tensor]] = []
         for modality, signals in batch.items():
@@ -102,21 +106,27 @@ class CodecTask(Task):
                 terms[f"{modality}/distillation"] = self.distillation(self.codec, signals, output)
             usage = code_usage(output.codes, self.codec.codebook_size)
             self.log(f"train/{modality}/perplexity", usage.perplexity.mean())
+        self.learn(terms, made)
+
+    def learn(self, terms: dict[str, Tensor], made: list[tuple[Tensor, Tensor]]) -> None:
+        """Move the discriminators, then the codec and what is beside it.
+
+        Args:
+            terms: weighted scalar terms of the codec's loss, by name; the adversary's comes on top.
+            made: what was made and what it should be, each (B, C, *signal).
+        """
+        step = self.global_step
         if self.adversary is not None:
             # Before the codec's own step, which is the one that is counted.
             self._train_adversary(self.adversary, made, step)
             if self.adversary.felt(step):
-                terms["adversarial"] = self.adversary.fooled(made)
+                terms = {**terms, "adversarial": self.adversary.fooled(made)}
         loss = total(terms)
-        norm = self.descend(loss, self._moved(), 0, self._codec_optimizers)
+        modules = (self.codec, *self.beside())
+        moved = itertools.chain.from_iterable(module.parameters() for module in modules)
+        norm = self.descend(loss, moved, 0, self._codec_optimizers)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
         self.log_dict({"train/loss": loss.detach(), "train/gradient_norm": norm}, prog_bar=True)
-
-    def _moved(self) -> Iterator[nn.Parameter]:
-        """Parameters that the codec's own step moves."""
-        yield from self.codec.parameters()
-        if self.distillation is not None:
-            yield from self.distillation.projection.parameters()
 
     def _train_adversary(
         self, adversary: Adversary, made: list[tuple[Tensor, Tensor]], step: int

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 
-class Discriminator(nn.Module):
+class Discriminator(nn.Module, ABC):
     """Scores signals: high for real ones, low for made ones."""
 
     def accepts(self, x: Tensor) -> bool:
         """Whether it has anything to say of signals (B, C, *signal) of this kind."""
         return True
 
+    @abstractmethod
     def features(self, x: Tensor) -> list[Tensor]:
         """What its layers make of signals, for feature matching; the scores come last."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of signals (B, C, *signal)."""

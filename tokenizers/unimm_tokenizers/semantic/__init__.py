@@ -5,6 +5,11 @@ from unimm_tokenizers.semantic.config import SemanticConfig, SeTokConfig
 from unimm_tokenizers.semantic.contrast import WordsContrast
 from unimm_tokenizers.semantic.frozen import FrozenSeTokCodec, FrozenSeTokConfig, register_backbone
 from unimm_tokenizers.semantic.keep import KeepOrMergeCodec, KeepOrMergeConfig
+from unimm_tokenizers.semantic.latent import (
+    LatentSeTokCodec,
+    LatentSeTokConfig,
+    register_vision_codec,
+)
 from unimm_tokenizers.semantic.queries import CausalQueryCodec, CausalQueryConfig
 from unimm_tokenizers.semantic.soft import SoftSeTokCodec, SoftSeTokConfig
 
@@ -15,6 +20,8 @@ __all__ = [
     "FrozenSeTokConfig",
     "KeepOrMergeCodec",
     "KeepOrMergeConfig",
+    "LatentSeTokCodec",
+    "LatentSeTokConfig",
     "SeTokCodec",
     "SeTokConfig",
     "SemanticCodec",
@@ -23,4 +30,5 @@ __all__ = [
     "SoftSeTokConfig",
     "WordsContrast",
     "register_backbone",
+    "register_vision_codec",
 ]

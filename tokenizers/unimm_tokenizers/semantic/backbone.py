@@ -6,6 +6,7 @@ equal features: a picture of one colour is one region under any weights.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,12 @@ class PictureFeatures(NamedTuple):
 
     fine: Tensor
     deep: Tensor
+
+
+def stem(config: SemanticConfig) -> nn.Conv2d:
+    """The convolution at full resolution: (B, C, H, W) -> (B, dim / 4, H, W)."""
+    width = config.dim // 4
+    return nn.Conv2d(config.num_channels, width, 3, padding=1, padding_mode="replicate")
 
 
 class ReplicateBlock(nn.Module):
@@ -51,15 +58,11 @@ class Backbone(nn.Module):
 
     def __init__(self, config: SemanticConfig) -> None:
         super().__init__()
-        widths = [config.dim // 4]
         scales = (config.patch - 1).bit_length()
-        widths += [min(config.dim, config.dim // 4 * 2 ** (n + 1)) for n in range(scales)]
-        widths[-1] = config.dim
-        self.stem = nn.Conv2d(
-            config.num_channels, config.dim // 4, 3, padding=1, padding_mode="replicate"
-        )
+        widths = [min(config.dim, config.dim // 4 * 2**n) for n in range(scales)]
+        self.stem = stem(config)
         self.scales = nn.ModuleList()
-        for narrow, wide in zip([config.dim // 4, *widths[1:-1]], widths[1:], strict=False):
+        for narrow, wide in pairwise([*widths, config.dim]):
             blocks = [ReplicateBlock(wide) for _ in range(config.num_layers)]
             down = nn.Sequential(ToChannels(2), nn.Conv2d(4 * narrow, wide, 1))
             self.scales.append(nn.Sequential(down, *blocks))

@@ -4,7 +4,7 @@ Rodriguez and Laio, Science 344 (2014), with the k-nearest-neighbour density of 
 (Knowledge-Based Systems 99, 2016): a centre has a high density and is far from every denser point.
 SeTok (arXiv 2406.05127) clusters picture features this way but breaks ties at random and walks
 over the samples. Here ties go to the point that comes first in raster order, and every comparison
-is made in float64 on numbers rounded to `_DECIMALS`, six digits above the arithmetic's own noise:
+is made in float64 on numbers rounded to `DECIMALS`, six digits above the arithmetic's own noise:
 sums may change in their last bit with the batch size, which must not change a region.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_DECIMALS = 9
+DECIMALS = 9
 
 
 class Peaks(NamedTuple):
@@ -30,6 +30,15 @@ class Peaks(NamedTuple):
     index: Tensor
     count: Tensor
     merged: Tensor
+
+    @property
+    def used(self) -> Tensor:
+        """bool (B, M): which places of `index` hold a centre."""
+        return torch.arange(self.index.shape[1], device=self.count.device) < self.count[:, None]
+
+    def of(self, points: Tensor) -> Tensor:
+        """The centres' own features (B, M, D) among those of all points (B, N, D)."""
+        return points.gather(1, self.index[..., None].expand(-1, -1, points.shape[2]))
 
 
 class Regions(NamedTuple):
@@ -82,15 +91,15 @@ def find_peaks(
     nearest = between.topk(min(neighbours + 1, points), largest=False, sorted=True).values
     # The nearest one is the point itself; a picture of one point has no other.
     density = torch.exp(-nearest[..., 1:].sum(-1) / max(nearest.shape[-1] - 1, 1))
-    rank = _rank_descending(density.round(decimals=_DECIMALS))
-    distance2 = (between + apart).round(decimals=_DECIMALS)
+    rank = _rank_descending(density.round(decimals=DECIMALS))
+    distance2 = (between + apart).round(decimals=DECIMALS)
     denser = rank[:, None, :] < rank[:, :, None]
     isolation2 = distance2.masked_fill(~denser, torch.inf).amin(-1)
     # The densest point has none to look up to: its farthest point stands in (as in the paper).
     isolation2 = torch.where(isolation2.isinf(), distance2.amax(-1), isolation2)
 
     unlike = between.masked_fill(~denser, torch.inf).amin(-1) > 0
-    score = (density * isolation2.sqrt()).round(decimals=_DECIMALS)
+    score = (density * isolation2.sqrt()).round(decimals=DECIMALS)
     place = _rank_descending(score)
     wanted = (score > threshold) | ((place < min_regions) & unlike) | (place == 0)
     centre = wanted & (place < max_regions)
@@ -111,13 +120,10 @@ def join_peaks(features: Tensor, points: Tensor, apart: Tensor, peaks: Peaks) ->
         apart: float64 (n, N), what places add to squared distances.
         peaks: the centres.
     """
-    cells, width = features.shape[1:]
-    centres = points.gather(1, peaks.index[..., None].expand(-1, -1, width))
     away = apart.T[peaks.index].transpose(1, 2)  # (B, n, M)
-    distance2 = (_squared_distances(features, centres) + away).round(decimals=_DECIMALS)
-    unused = torch.arange(peaks.index.shape[1], device=away.device) >= peaks.count[:, None]
-    owner = distance2.masked_fill(unused[:, None], torch.inf).argmin(-1)
-    return number_regions(owner, cells, peaks.merged)
+    distance2 = _squared_distances(features, peaks.of(points)) + away
+    reachable = distance2.round(decimals=DECIMALS).masked_fill(~peaks.used[:, None], torch.inf)
+    return number_regions(reachable.argmin(-1), features.shape[1], peaks.merged)
 
 
 def number_regions(owner: Tensor, names: int, merged: Tensor) -> Regions:
@@ -156,7 +162,7 @@ def _squared_distances(left: Tensor, right: Tensor) -> Tensor:
     x, y = left.double(), right.double()
     norms = x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None]
     distance2 = torch.baddbmm(norms, x, y.transpose(1, 2), alpha=-2)
-    return distance2.div_(x.shape[-1]).clamp_(min=0).round_(decimals=_DECIMALS)
+    return distance2.div_(x.shape[-1]).clamp_(min=0).round_(decimals=DECIMALS)
 
 
 def _rank_descending(values: Tensor) -> Tensor:

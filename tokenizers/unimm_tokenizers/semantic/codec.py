@@ -40,18 +40,21 @@ class SemanticCodec(Codec):
     Args:
         config: the codec's config.
         encoder: pictures to `Tokens`.
+        head: see `Detokenizer`.
     """
 
     config: SemanticConfig
     modalities = ("semantic",)
 
-    def __init__(self, config: SemanticConfig, encoder: nn.Module) -> None:
+    def __init__(
+        self, config: SemanticConfig, encoder: nn.Module, head: nn.Module | None = None
+    ) -> None:
         super().__init__(config)
         self.encoder = encoder
         self.quantizer = ResidualVectorQuantizer(
             config.codebook_dim, config.codebook_size, num_codebooks=1, cosine=True
         )
-        self.detokenizer = Detokenizer(config)
+        self.detokenizer = Detokenizer(config, head)
         self.steps: Tensor
         self.register_buffer("steps", torch.tensor(0))  # training passes, for the warm-up
 
@@ -133,14 +136,24 @@ class SemanticCodec(Codec):
     def decode(self, codes: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
         """(B, 1, n) -> (B, C, H, W) in [-1, 1]; any n, -1 anywhere is skipped, no code is grey."""
         self.check_codes(codes, 1)
-        signal = self._paint(F.pad(codes, (0, int(codes.shape[2] == 0)), value=PADDING_CODE)).signal
-        signal = signal.clamp(-1, 1)
+        codes = F.pad(codes, (0, int(codes.shape[2] == 0)), value=PADDING_CODE)
+        some = (codes != PADDING_CODE).any(2)[..., None, None]
+        signal = self.signal(self._paint(codes).made).clamp(-1, 1) * some
         return signal if size is None else signal[:, :, : size[0], : size[1]]
 
     def _paint(self, codes: Tensor) -> Painted:
         self.check_codes(codes, 1)
         vectors = self.codebook[codes[:, 0].clamp(min=0)]
         return self.detokenizer(vectors, codes[:, 0] != PADDING_CODE)
+
+    def signal(self, made: Tensor) -> Tensor:
+        """What the detokenizer's head made -> (B, C, H, W), in about [-1, 1]."""
+        return made
+
+    def painting_loss(self, painted: Painted, tokens: Tokens, x: Tensor) -> Tensor:
+        """What the detokenizer learns of x (B, C, H, W) beside the picture itself; scalar."""
+        layout = F.cross_entropy(painted.layout.transpose(1, 2), tokens.assignment)
+        return self.config.layout_weight * layout
 
     def forward(self, x: Tensor) -> CodecOutput:
         """See `Codec.forward`; while the quantizer warms up, codes do not exist yet: all are -1."""
@@ -163,9 +176,8 @@ class SemanticCodec(Codec):
             loss = loss + found.loss
         taught = tokens.assignment if self.training else None
         painted = self.detokenizer(vectors, used, taught)
-        layout_loss = F.cross_entropy(painted.layout.transpose(1, 2), tokens.assignment)
-        loss = loss + self.config.layout_weight * layout_loss
-        output = CodecOutput(painted.signal, x, codes[:, None], loss)
+        loss = loss + self.painting_loss(painted, tokens, x)
+        output = CodecOutput(self.signal(painted.made), x, codes[:, None], loss)
         return Described(output, _mean(vectors, used))
 
 

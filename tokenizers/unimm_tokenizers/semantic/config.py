@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemanticConfig:
+class SemanticConfig(ABC):
     """What every semantic codec has: a size, a network, and a codebook.
 
     Pictures of `image_size` pixels a side. Regions are made of cells of `cell` pixels; features and
@@ -61,9 +62,9 @@ class SemanticConfig:
         return self.image_size // self.cell
 
     @property
+    @abstractmethod
     def max_tokens(self) -> int:
         """Most codes of a picture."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

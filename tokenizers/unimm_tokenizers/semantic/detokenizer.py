@@ -26,20 +26,25 @@ from unimm_tokenizers.semantic.layers import (
 
 _LAYOUT_CHANNELS = 16  # in which cells and codes are compared
 _PLACE_SCALE = 8.0  # of a region's quadratic: regions a quarter of the picture wide from the start
-_CELL_CHANNELS = 24  # of the last layers, at the resolution of cells
+CELL_CHANNELS = 24  # of the last layers, at the resolution of cells
 
 
 class Painted(NamedTuple):
-    """signal: (B, C, H, W); layout: logits (B, n, M) of the code that each cell belongs to."""
+    """made: (B, C, H, W), or what another head makes; layout: logits (B, n, M) of cells' codes."""
 
-    signal: Tensor
+    made: Tensor
     layout: Tensor
 
 
 class Detokenizer(nn.Module):
-    """Code vectors in their order -> picture and layout."""
+    """Code vectors in their order -> picture and layout.
 
-    def __init__(self, config: SemanticConfig) -> None:
+    Args:
+        config: shapes.
+        head: the last layer, from (B, CELL_CHANNELS, cells, cells); None: one that makes pixels.
+    """
+
+    def __init__(self, config: SemanticConfig, head: nn.Module | None = None) -> None:
         super().__init__()
         dim, heads = config.dim, config.num_heads
         self.side, self.ratio = config.side, config.patch // config.cell
@@ -56,28 +61,28 @@ class Detokenizer(nn.Module):
         self.places: Tensor
         self.register_buffer("places", grid_quadratic(config.cells), persistent=False)
         self.layout_place = nn.Linear(dim, self.places.shape[1])
-        self.from_patch = nn.Linear(dim, _CELL_CHANNELS * area)
-        self.from_code = nn.Linear(dim, _CELL_CHANNELS)
+        self.from_patch = nn.Linear(dim, CELL_CHANNELS * area)
+        self.from_code = nn.Linear(dim, CELL_CHANNELS)
         self.to_cells = FromChannels(self.ratio)
-        self.blocks = nn.Sequential(ReplicateBlock(_CELL_CHANNELS), ReplicateBlock(_CELL_CHANNELS))
-        self.to_pixels = nn.Sequential(
-            nn.Conv2d(_CELL_CHANNELS, config.num_channels * config.cell**2, 1),
+        self.blocks = nn.Sequential(ReplicateBlock(CELL_CHANNELS), ReplicateBlock(CELL_CHANNELS))
+        self.to_pixels = head or nn.Sequential(
+            nn.Conv2d(CELL_CHANNELS, config.num_channels * config.cell**2, 1),
             FromChannels(config.cell),
         )
 
     def forward(self, codes: Tensor, used: Tensor, assignment: Tensor | None = None) -> Painted:
         """Paint from codes (B, M, codebook_dim), of which `used` bool (B, M) are there.
 
-        A picture without codes is mid-grey. M is at least 1, and need not be the encoder's bound.
+        M is at least 1, and need not be the encoder's bound; what is painted without a code has no
+        meaning.
 
         Args:
             assignment: int64 (B, n), the true code of each cell, given in training: a random half
                 of the pictures is painted with it (teacher forcing), so that codes learn content
                 before the layout is any good.
         """
-        some = used.any(1)
-        # A softmax over nothing is NaN: a picture without codes reads its padding, and is blanked.
-        seen = (used | ~some[:, None])[:, None]
+        # A softmax over nothing is NaN: a picture without codes reads its padding.
+        seen = (used | ~used.any(1, keepdim=True))[:, None]
         place = (used.cumsum(1) - 1).clamp(min=0)
         # Unit vectors to unit channels: as they are, their order would drown them out.
         context = self.embed(codes * codes.shape[-1] ** 0.5) + self.order(
@@ -99,7 +104,7 @@ class Detokenizer(nn.Module):
         content = share.to(context.dtype) @ self.from_code(context)
         grid = self._cells(self.from_patch(x))
         grid = self.blocks(grid + content.transpose(1, 2).unflatten(2, grid.shape[2:]))
-        return Painted(self.to_pixels(grid) * some[:, None, None, None], layout)
+        return Painted(self.to_pixels(grid), layout)
 
     def _cells(self, x: Tensor) -> Tensor:
         """(B, N, channels * ratio^2) of patches -> (B, channels, cells, cells)."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from unimm_tokenizers.semantic.backbone import Backbone, PictureFeatures, RunningStandard, colours
 from unimm_tokenizers.semantic.clustering import Peaks, Regions, find_peaks, join_peaks
-from unimm_tokenizers.semantic.config import SeTokConfig
+from unimm_tokenizers.semantic.config import SemanticConfig, SeTokConfig
 from unimm_tokenizers.semantic.layers import (
     CrossBlock,
     SelfBlock,
@@ -50,6 +50,13 @@ class ToCode(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         return F.normalize(super().forward(x), dim=-1)
+
+
+def cells_of_patches(token: Tensor, config: SemanticConfig) -> Tensor:
+    """A number for each patch (B, N) -> that number for each of its cells (B, n)."""
+    ratio = config.patch // config.cell
+    grid = token.unflatten(1, (config.side, config.side))
+    return grid.repeat_interleave(ratio, 1).repeat_interleave(ratio, 2).flatten(1)
 
 
 class Merger(nn.Module):

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from unimm_tokenizers.codec import register_codec
-from unimm_tokenizers.semantic.backbone import PictureFeatures
+from unimm_tokenizers.semantic.backbone import PictureFeatures, stem
 from unimm_tokenizers.semantic.codec import SemanticCodec
 from unimm_tokenizers.semantic.config import SeTokConfig
 from unimm_tokenizers.semantic.encoder import RegionEncoder
@@ -133,9 +133,7 @@ class FrozenFeatures(nn.Module):
             )
         self.project = nn.Linear(found.shape[1], config.dim)
         self.norm = nn.LayerNorm(config.dim)
-        self.stem = nn.Conv2d(
-            config.num_channels, config.dim // 4, 3, padding=1, padding_mode="replicate"
-        )
+        self.stem = stem(config)
 
     def forward(self, x: Tensor) -> PictureFeatures:
         """(B, C, H, W) in [-1, 1] -> `PictureFeatures`."""

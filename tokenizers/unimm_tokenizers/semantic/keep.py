@@ -15,12 +15,11 @@ from torch.nn import functional as F
 
 from unimm_tokenizers.codec import register_codec
 from unimm_tokenizers.semantic.backbone import Backbone
+from unimm_tokenizers.semantic.clustering import DECIMALS
 from unimm_tokenizers.semantic.codec import SemanticCodec
 from unimm_tokenizers.semantic.config import SemanticConfig
-from unimm_tokenizers.semantic.encoder import ToCode, Tokens
+from unimm_tokenizers.semantic.encoder import ToCode, Tokens, cells_of_patches
 from unimm_tokenizers.semantic.layers import CrossBlock, SelfBlock, grid_sinusoid
-
-_DECIMALS = 9  # comparisons must not see the arithmetic's noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,7 @@ class KeepOrMergeEncoder(nn.Module):
 
     def _chosen(self, logits: Tensor) -> Tensor:
         """(B, N, 2) -> 1 for kept patches, 0 for dropped; a picture keeps one at least."""
-        lead = (logits[..., 0] - logits[..., 1]).detach().round(decimals=_DECIMALS)
+        lead = (logits[..., 0] - logits[..., 1]).detach().round(decimals=DECIMALS)
         best = F.one_hot(lead.argmax(1), lead.shape[1]).to(logits.dtype)
         if not self.training:
             return torch.maximum(best, (lead > 0).to(logits.dtype))
@@ -99,16 +98,13 @@ class KeepOrMergeEncoder(nn.Module):
     @torch.no_grad()
     def _assigned(self, deep: Tensor, kept: Tensor) -> Tensor:
         """Each cell's token: its patch's, or that of the kept patch most like it; (B, n)."""
-        config = self.config
         unit = F.normalize(deep.double(), dim=-1)
-        alike = (unit @ unit.transpose(1, 2)).round(decimals=_DECIMALS)
+        alike = (unit @ unit.transpose(1, 2)).round(decimals=DECIMALS)
         owner = alike.masked_fill(~kept[:, None], -torch.inf).argmax(-1)
         own = torch.arange(owner.shape[1], device=owner.device)
         owner = torch.where(kept, own, owner)
         token = (kept.cumsum(1) - 1).gather(1, owner)
-        ratio = config.patch // config.cell
-        grid = token.unflatten(1, (config.side, config.side))
-        return grid.repeat_interleave(ratio, 1).repeat_interleave(ratio, 2).flatten(1)
+        return cells_of_patches(token, self.config)
 
 
 @register_codec("keep-or-merge")

@@ -14,12 +14,11 @@ from torch.nn import functional as F
 
 from unimm_tokenizers.codec import register_codec
 from unimm_tokenizers.semantic.backbone import Backbone
+from unimm_tokenizers.semantic.clustering import DECIMALS
 from unimm_tokenizers.semantic.codec import SemanticCodec
 from unimm_tokenizers.semantic.config import SemanticConfig
-from unimm_tokenizers.semantic.encoder import ToCode, Tokens
+from unimm_tokenizers.semantic.encoder import ToCode, Tokens, cells_of_patches
 from unimm_tokenizers.semantic.layers import CrossBlock, SelfBlock, grid_sinusoid
-
-_DECIMALS = 9  # comparisons must not see the arithmetic's noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +76,9 @@ class CausalQueryEncoder(nn.Module):
     @torch.no_grad()
     def _assigned(self, patches: Tensor, tokens: Tensor) -> Tensor:
         """Each cell's query, by the cosine of features: (B, n)."""
-        config = self.config
         unit = [F.normalize(part.double(), dim=-1) for part in (patches, tokens)]
-        token = (unit[0] @ unit[1].transpose(1, 2)).round(decimals=_DECIMALS).argmax(-1)
-        ratio = config.patch // config.cell
-        grid = token.unflatten(1, (config.side, config.side))
-        return grid.repeat_interleave(ratio, 1).repeat_interleave(ratio, 2).flatten(1)
+        token = (unit[0] @ unit[1].transpose(1, 2)).round(decimals=DECIMALS).argmax(-1)
+        return cells_of_patches(token, self.config)
 
 
 @register_codec("causal-queries")

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from unimm_tokenizers.codec import register_codec
 from unimm_tokenizers.semantic.backbone import PictureFeatures
-from unimm_tokenizers.semantic.clustering import Regions, number_regions
+from unimm_tokenizers.semantic.clustering import DECIMALS, Regions, number_regions
 from unimm_tokenizers.semantic.codec import SemanticCodec
 from unimm_tokenizers.semantic.config import SeTokConfig
 from unimm_tokenizers.semantic.encoder import RegionEncoder
-
-_DECIMALS = 9  # as in the clustering: comparisons must not see the arithmetic's noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +44,11 @@ class SoftRegionEncoder(RegionEncoder):
         """See `RegionEncoder.members`."""
         cells, points = self.compared(x, features)
         peaks = self.peaks(points)
-        width = cells.shape[2]
-        centres = points.gather(1, peaks.index[..., None].expand(-1, -1, width))
-        between = torch.cdist(centres, cells).square() / width
+        between = torch.cdist(peaks.of(points), cells).square() / cells.shape[2]
         away = self.apart(self.cells_apart).T[peaks.index]
         share = torch.exp(-(between + away) * self.config.sharpness * math.log(2))
-        there = torch.arange(share.shape[1], device=share.device) < peaks.count[:, None]
-        masks = broken_stick(share.masked_fill(~there[..., None], 0))
-        owner = masks.round(decimals=_DECIMALS).argmax(1)
+        masks = broken_stick(share.masked_fill(~peaks.used[..., None], 0))
+        owner = masks.round(decimals=DECIMALS).argmax(1)
         regions = number_regions(owner, share.shape[1], peaks.merged)
         return regions, renamed(masks, owner, regions)
 

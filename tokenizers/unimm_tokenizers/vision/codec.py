@@ -182,11 +182,19 @@ class VisionCodec(TiledCodec):
         """(B, K, h, w) -> (B, C, H, W), or (B, K, t, h, w) -> (B, C, T, H, W), in [-1, 1]."""
         film = codes.ndim == 5 and "video" in self.modalities
         self.check_codes(codes, 3 if film else 2)
-        signal, _ = self._signal(self.quantizer.lookup(codes if film else codes[:, :, None]))
-        signal = (signal if film else signal[:, :, 0]).clamp(-1, 1)
+        signal = self.decode_latents(self.quantizer.lookup(codes)).clamp(-1, 1)
         if size is not None:
             signal = signal[(..., *(slice(0, n) for n in size))]
         return signal
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """(B, D, h, w) -> (B, C, H, W), or (B, D, t, h, w) -> (B, C, T, H, W), not clipped.
+
+        Those of codes are `quantizer.lookup(codes)`; any near them will do.
+        """
+        film = latents.ndim == 5
+        signal, _ = self._signal(latents if film else latents[:, :, None])
+        return signal if film else signal[:, :, 0]
 
     def forward(self, x: Tensor) -> CodecOutput:
         """See `Codec.forward`; pictures and films of any size, padded as `encode` pads them."""

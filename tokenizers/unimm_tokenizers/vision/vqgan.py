@@ -266,14 +266,18 @@ class VQGANCodec(Codec):
     def decode(self, codes: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
         """(B, 1, h, w) -> (B, C, H, W) in [-1, 1], cropped to `size`."""
         self.check_codes(codes, 2)
-        signal = self.decoder(self.post_quant_conv(self.quantizer.lookup(codes))).clamp(-1, 1)
+        signal = self.decode_latents(self.quantizer.lookup(codes)).clamp(-1, 1)
         return signal if size is None else signal[..., : size[0], : size[1]]
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """(B, codebook_dim, h, w) -> (B, C, H, W), not clipped; those of codes or near them."""
+        return self.decoder(self.post_quant_conv(latents))
 
     def forward(self, x: Tensor) -> CodecOutput:
         """See `Codec.forward`."""
         target = self._padded(x)
         quantized, codes, loss = self.quantizer(self._latents(target))
-        return CodecOutput(self.decoder(self.post_quant_conv(quantized)), target, codes, loss)
+        return CodecOutput(self.decode_latents(quantized), target, codes, loss)
 
     def _padded(self, x: Tensor) -> Tensor:
         return pad_to_multiple(x, self.downsample[0], (2, 3))
