@@ -86,7 +86,13 @@ def watched(owner: Any, name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def overhead(photos: Path) -> dict[str, float]:
-    """Share of a codec's own time that the harness takes beside coding, reading and measuring."""
+    """Share of a codec's own time that the harness takes beside coding, reading and measuring.
+
+    On one thread: the processor time of others, which spin while they have nothing to do, would
+    count as the harness's.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     codec = load_codec("dialpad/image")
     seconds: dict[str, float] = {"read": 0.0}
 
@@ -105,6 +111,7 @@ def overhead(photos: Path) -> dict[str, float]:
         watched(metrics, "measure", seconds),
     ):
         _, wall, processor = timed(lambda: run({"dialpad/image": codec}, samples, QUICK))
+    torch.set_num_threads(threads)
     rest = processor - sum(seconds.values())
     share = rest / seconds["code"]
     total = {"wall_seconds": wall, "processor_seconds": processor}
