@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +107,8 @@ def training_samples(sounds: Path, digits: Path) -> Iterator[Sample]:
 
 def held_back_samples(sounds: Path, digits: Path) -> Iterator[Sample]:
     """Pieces of what is held back, as they are."""
-    for name, sound in recordings(sounds, training=False):
-        for number, piece in enumerate(pieces(sound, VAL_PIECE)):
-            yield f"{name}-{number:04d}", flac(piece)
-    for name, sound in digit_strings(digits, training=False):
+    parts = (recordings(sounds, training=False), digit_strings(digits, training=False))
+    for name, sound in chain(*parts):
         for number, piece in enumerate(pieces(sound, VAL_PIECE)):
             yield f"{name}-{number:04d}", flac(piece)
 

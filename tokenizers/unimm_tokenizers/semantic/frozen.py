@@ -57,6 +57,27 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def pinned_sha256(module: nn.Module, wanted: str, name: str, kind: str) -> str:
+    """Digest of a network that stays outside a codec's weights.
+
+    Args:
+        module: the network.
+        wanted: the digest that the codec was made with; empty: any.
+        name: of the network, for the message.
+        kind: what it is, for the message.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    digest = weights_sha256(module)
+    if wanted not in ("", digest):
+        raise ValueError(
+            f"{kind} {name!r} has weights {digest[:12]}, the codec was made with {wanted[:12]}: "
+            f"give it the {kind} it was made with"
+        )
+    return digest
+
+
 def open_backbone(name: str) -> nn.Module:
     """The network of that name, in evaluation mode.
 
@@ -167,11 +188,6 @@ class FrozenSeTokCodec(SemanticCodec):
 
     def __init__(self, config: FrozenSeTokConfig, backbone: nn.Module | None = None) -> None:
         network = (backbone or open_backbone(config.backbone)).eval().requires_grad_(False)
-        digest = weights_sha256(network)
-        if config.backbone_sha256 not in ("", digest):
-            raise ValueError(
-                f"backbone {config.backbone!r} has weights {digest[:12]}, the codec was made with "
-                f"{config.backbone_sha256[:12]}: give it the network it was made with"
-            )
+        digest = pinned_sha256(network, config.backbone_sha256, config.backbone, "backbone")
         config = dataclasses.replace(config, backbone_sha256=digest)
         super().__init__(config, RegionEncoder(config, FrozenFeatures(config, network)))

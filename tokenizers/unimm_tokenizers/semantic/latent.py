@@ -21,7 +21,7 @@ from unimm_tokenizers.semantic.codec import SemanticCodec
 from unimm_tokenizers.semantic.config import SeTokConfig
 from unimm_tokenizers.semantic.detokenizer import CELL_CHANNELS, Painted
 from unimm_tokenizers.semantic.encoder import RegionEncoder, Tokens
-from unimm_tokenizers.semantic.frozen import weights_sha256
+from unimm_tokenizers.semantic.frozen import pinned_sha256
 from unimm_tokenizers.semantic.layers import ToChannels
 from unimm_tokenizers.vision import VisionCodec, VQGANCodec
 
@@ -83,12 +83,7 @@ class LatentSeTokCodec(SemanticCodec):
         name = config.vision_codec
         own = copy.deepcopy(vision) if vision else open_vision_codec(name)
         own = _fitting(own.eval().requires_grad_(False), config)
-        digest = weights_sha256(own)
-        if config.vision_sha256 not in ("", digest):
-            raise ValueError(
-                f"vision codec {name!r} has weights {digest[:12]}, the codec was made with "
-                f"{config.vision_sha256[:12]}: give it the vision codec it was made with"
-            )
+        digest = pinned_sha256(own, config.vision_sha256, name, "vision codec")
         # Latents are told apart as the vision codec tells them: one scale for all channels.
         every = torch.arange(own.codebook_size).expand(1, own.num_codebooks, -1)
         table = own.quantizer.lookup(every)[0].float()  # (D, codebook_size)
