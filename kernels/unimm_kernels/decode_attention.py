@@ -16,6 +16,7 @@ from torch import Tensor
 from unimm_kernels.attention import LOG2_E, block_of
 from unimm_kernels.attention_kernels import load_rows
 from unimm_kernels.backend import (
+    Remembered,
     adjacent,
     autocast,
     precision,
@@ -57,18 +58,31 @@ def decode_attention(
     """
     q, k_cache, v_cache = autocast(q, k_cache, v_cache)
     same_dtype("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
-    shapes = f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}"
-    if q.ndim != 4 or k_cache.shape != v_cache.shape or q.shape[::3] != k_cache.shape[::3]:
-        raise ValueError(f"decode_attention: {shapes}: need q (B, t, H, D), caches (B, S, G, D)")
-    if q.shape[2] % k_cache.shape[2] or lengths.shape != q.shape[:1]:
-        raise ValueError(
-            f"decode_attention: {shapes}, lengths {tuple(lengths.shape)}: "
-            "need H a multiple of G and lengths (B,)"
-        )
+    _check(q, k_cache, v_cache, lengths)
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     if resolve(implementation, q) == "torch":
         return _reference(q, k_cache, v_cache, lengths, factor)
     return _decode(q, k_cache, v_cache, lengths, factor)
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> None:
+    fits = q.ndim == 4 and k_cache.shape == v_cache.shape and q.shape[::3] == k_cache.shape[::3]
+    if fits and q.shape[2] % k_cache.shape[2] == 0 and lengths.shape == q.shape[:1]:
+        return
+    shapes = f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}"
+    raise ValueError(
+        f"decode_attention: {shapes}, lengths {tuple(lengths.shape)}: need q (B, t, H, D), "
+        "caches (B, S, G, D) with H a multiple of G, lengths (B,)"
+    )
+
+
+def _bounds(lengths: Tensor) -> tuple[int, int]:
+    """The shortest and the longest row."""
+    shortest, longest = lengths.aminmax()
+    return int(shortest), int(longest)
+
+
+remembered_bounds = Remembered(_bounds)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
@@ -83,7 +97,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -
     batch, new, heads, dim = q.shape
     groups, masked = k.shape[2], True
     if batch and q.device.type == "cpu" and not torch.compiler.is_compiling():
-        shortest, longest = (int(length) for length in lengths.aminmax())
+        shortest, longest = remembered_bounds(lengths)
         k, v = k[:, :longest], v[:, :longest]
         masked = new > 1 or shortest < longest  # else every key counts in every row
         if not masked and q.dtype == torch.float32:

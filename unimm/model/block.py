@@ -73,9 +73,8 @@ class Attention(nn.Module):
             keys, values = cache.write(self.layer, k, v)
             if self.window is not None:
                 return self.out(self._windowed(q, keys, values, cache.lengths).flatten(2))
-            mixed = decode_attention(q.to(keys.dtype), keys, values, cache.lengths + x.shape[1]).to(
-                x.dtype
-            )
+            ends = cache.ends(x.shape[1])
+            mixed = decode_attention(q.to(keys.dtype), keys, values, ends).to(x.dtype)
         return self.out(mixed.flatten(2))
 
     def _windowed(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:

@@ -42,10 +42,16 @@ class KVCache:
         self._rows = torch.arange(batch, device=device)[:, None]
         self._reach = 0  # upper bound of the lengths, known without asking the device
         self._even = True  # all rows are that long
+        self._ends: tuple[int, Tensor] | None = None
         if static:
             # CUDA graphs write into these where they lie, instead of into copies of inputs.
             for tensor in (self.keys, self.values, self.lengths):
                 torch._dynamo.mark_static_address(tensor)
+        # Cut once, not at every step of every layer: (B, S, G, D) each.
+        self._layers = [
+            (keys.transpose(1, 2), values.transpose(1, 2))
+            for keys, values in zip(self.keys, self.values, strict=True)
+        ]
 
     @property
     def max_length(self) -> int:
@@ -59,19 +65,29 @@ class KVCache:
             keys and values (B, S, G, D), views of the cache.
         """
         new = keys.shape[1]
-        all_keys, all_values = self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2)
-        if self.static:
+        if self.static:  # a graph knows the caches alone, not views of them
+            all_keys = self.keys[layer].transpose(1, 2)
+            all_values = self.values[layer].transpose(1, 2)
             self._scatter(all_keys, keys)
             self._scatter(all_values, values)
             return all_keys, all_values
+        all_keys, all_values = self._layers[layer]
         reach = self._reach + new
         assert reach <= self.max_length, "the cache is too short for these ids"
         for stored, given in ((all_keys, keys), (all_values, values)):
             if self._even:  # a slice is copied at once; rows of different lengths are scattered
-                stored[:, self._reach : reach] = given
+                stored.narrow(1, self._reach, new).copy_(given)
             else:
                 self._scatter(stored, given)
-        return all_keys[:, :reach], all_values[:, :reach]
+        return all_keys.narrow(1, 0, reach), all_values.narrow(1, 0, reach)
+
+    def ends(self, new: int) -> Tensor:
+        """Ids of each row with `new` more behind them, int64 (B,); one tensor for all layers."""
+        if self.static:
+            return self.lengths + new
+        if self._ends is None or self._ends[0] != new:
+            self._ends = new, self.lengths + new
+        return self._ends[1]
 
     def _scatter(self, stored: Tensor, given: Tensor) -> None:
         slots = self.lengths[:, None] + torch.arange(given.shape[1], device=given.device)
@@ -80,6 +96,7 @@ class KVCache:
     def advance(self, count: int, lengths: Tensor | None = None) -> None:
         """Count ids as stored: `count` in every row, or `lengths` (B,) of them row by row."""
         self._reach += count
+        self._ends = None
         assert self._reach <= self.max_length, "the cache is too short for these ids"
         # In place: a CUDA graph reads the lengths where they were when it was recorded.
         self.lengths += count if lengths is None else lengths
@@ -93,4 +110,4 @@ class KVCache:
         self.keys[:, :, :, :reach] = source.keys[:, rows, :, :reach]
         self.values[:, :, :, :reach] = source.values[:, rows, :, :reach]
         self.lengths.copy_(source.lengths[rows])
-        self._reach, self._even = reach, source._even
+        self._reach, self._even, self._ends = reach, source._even, None
