@@ -8,7 +8,7 @@
 `startup`: seconds from the command line to the first step's loss. On a CPU a time is the processor
 time of all threads over their number, which other programs on the machine do not lengthen; memory
 is what the process held at most beyond what it held before the first step. Each case runs in a
-process of its own.
+process of its own; those that are compared take turns, and the best turn of each counts.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -353,10 +353,35 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compared(names: Iterable[str]) -> list[list[str]]:
+    """Cases that differ in who computes, side by side; every other one alone."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        group = name.rpartition("/")[0] if name.startswith("step/") else name
+        groups.setdefault(group, []).append(name)
+    return list(groups.values())
+
+
+def in_own_process(name: str, seconds: float) -> list[Row]:
+    """The rows of a case, or one that says how it failed."""
+    command = [sys.executable, __file__, "--case", name, "--seconds", str(seconds)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["killed"])[-1]
+        return [Row(case=name, size="", by="", note=f"failed: {reason}")]
+    return [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _time_or_last(row: Row) -> float:
+    return math.inf if row.milliseconds is None else row.milliseconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name begins so")
-    parser.add_argument("--seconds", type=float, default=10.0, help="per case")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per case and turn")
+    parser.add_argument("--turns", type=int, default=3, help="of cases that are compared")
     parser.add_argument("--note", default="", help="what else the machine did")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", help="one case, in this process; its rows as JSON")
@@ -367,16 +392,14 @@ def main() -> None:
         print(json.dumps([asdict(row) for row in known[options.case]()]))
         return
     rows: list[Row] = []
-    for name in (name for name in known if name.startswith(options.only)):
-        command = [sys.executable, __file__, "--case", name, "--seconds", str(options.seconds)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["killed"])[-1]
-            rows.append(Row(case=name, size="", by="", note=f"failed: {reason}"))
-        else:
-            rows += [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    for group in compared(name for name in known if name.startswith(options.only)):
+        turns = [
+            [in_own_process(name, options.seconds) for name in group]
+            for _ in range(options.turns if len(group) > 1 else 1)
+        ]
+        for runs in zip(*turns, strict=True):
+            rows += [min(same, key=_time_or_last) for same in zip(*runs, strict=True)]
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     today = datetime.now(UTC).date().isoformat()
     head = (
