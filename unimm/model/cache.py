@@ -34,9 +34,17 @@ class KVCache:
         static: bool = False,
     ) -> None:
         # A head's keys lie side by side: products over them need no copy, as (B, S, G, D) would.
-        shape = (config.num_layers, batch, config.kv_heads, max_length, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        # A tensor for each layer, written where it lies: a compiled step copies the whole of one
+        # for all layers, or of a view that is written to (16 rows of 6 layers of 320 ids on one
+        # core of an AMD EPYC: 76 ms a step with one for all, 40 with a view, 8.8 so).
+        shape = (batch, config.kv_heads, max_length, config.head_dim)
+        self._layers = [
+            (
+                torch.zeros(shape, device=device, dtype=dtype),
+                torch.zeros(shape, device=device, dtype=dtype),
+            )
+            for _ in range(config.num_layers)
+        ]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.static = static
         self._rows = torch.arange(batch, device=device)[:, None]
@@ -45,18 +53,13 @@ class KVCache:
         self._ends: tuple[int, Tensor] | None = None
         if static:
             # CUDA graphs write into these where they lie, instead of into copies of inputs.
-            for tensor in (self.keys, self.values, self.lengths):
+            for tensor in (self.lengths, *(own for pair in self._layers for own in pair)):
                 torch._dynamo.mark_static_address(tensor)
-        # Cut once, not at every step of every layer: (B, S, G, D) each.
-        self._layers = [
-            (keys.transpose(1, 2), values.transpose(1, 2))
-            for keys, values in zip(self.keys, self.values, strict=True)
-        ]
 
     @property
     def max_length(self) -> int:
         """Ids that a row can hold."""
-        return self.keys.shape[3]
+        return self._layers[0][0].shape[2]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, t, G, D) behind each row's length; returns the caches up to the longest row.
@@ -64,22 +67,18 @@ class KVCache:
         Returns:
             keys and values (B, S, G, D), views of the cache.
         """
-        new = keys.shape[1]
-        if self.static:  # a graph knows the caches alone, not views of them
-            all_keys = self.keys[layer].transpose(1, 2)
-            all_values = self.values[layer].transpose(1, 2)
-            self._scatter(all_keys, keys)
-            self._scatter(all_values, values)
-            return all_keys, all_values
-        all_keys, all_values = self._layers[layer]
-        reach = self._reach + new
-        assert reach <= self.max_length, "the cache is too short for these ids"
-        for stored, given in ((all_keys, keys), (all_values, values)):
-            if self._even:  # a slice is copied at once; rows of different lengths are scattered
-                stored.narrow(1, self._reach, new).copy_(given)
+        own, new = self._layers[layer], keys.shape[1]
+        length = self.max_length
+        if not self.static:  # a compiled step must not depend on a number that grows
+            length = self._reach + new
+            assert length <= self.max_length, "the cache is too short for these ids"
+        for stored, given in zip(own, (keys, values), strict=True):
+            if self._even and not self.static:  # at once; rows of different lengths are scattered
+                stored.narrow(2, self._reach, new).copy_(given.transpose(1, 2))
             else:
                 self._scatter(stored, given)
-        return all_keys.narrow(1, 0, reach), all_values.narrow(1, 0, reach)
+        all_keys, all_values = (stored.narrow(2, 0, length).transpose(1, 2) for stored in own)
+        return all_keys, all_values
 
     def ends(self, new: int) -> Tensor:
         """Ids of each row with `new` more behind them, int64 (B,); one tensor for all layers."""
@@ -90,8 +89,9 @@ class KVCache:
         return self._ends[1]
 
     def _scatter(self, stored: Tensor, given: Tensor) -> None:
+        """Write (B, t, G, D) into (B, G, S, D), each row behind its own length."""
         slots = self.lengths[:, None] + torch.arange(given.shape[1], device=given.device)
-        stored.index_put_((self._rows, slots), given.to(stored.dtype))
+        stored[self._rows, :, slots] = given.to(stored.dtype)
 
     def advance(self, count: int, lengths: Tensor | None = None) -> None:
         """Count ids as stored: `count` in every row, or `lengths` (B,) of them row by row."""
@@ -107,7 +107,8 @@ class KVCache:
         """Begin with rows (B,) of another cache: a prompt that many rows share is read once."""
         reach = source._reach
         assert reach <= self.max_length, "the cache is too short for these ids"
-        self.keys[:, :, :, :reach] = source.keys[:, rows, :, :reach]
-        self.values[:, :, :, :reach] = source.values[:, rows, :, :reach]
+        for pair, given in zip(self._layers, source._layers, strict=True):
+            for own, other in zip(pair, given, strict=True):
+                own[:, :, :reach] = other[rows, :, :reach]
         self.lengths.copy_(source.lengths[rows])
         self._reach, self._even, self._ends = reach, source._even, None
