@@ -41,5 +41,5 @@ def test_unseen_photographs_are_nearer_than_jpeg_of_as_many_bytes(
         x = photographs[index][None]
         for each, found in ((codec, ours), (jpeg, theirs)):
             found.append(float(psnr(each.decode(each.encode(x)), x, data_range=CODEC_RANGE)))
-    assert np.mean(ours) > 22.8  # these twelve are harder than the hundred
-    assert np.mean(ours) > np.mean(theirs) + 1
+    assert np.mean(ours) > 23.3  # these twelve are harder than the hundred
+    assert np.mean(ours) > np.mean(theirs) + 1.5
