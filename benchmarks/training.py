@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -373,8 +373,13 @@ def in_own_process(name: str, seconds: float) -> list[Row]:
     return [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _time_or_last(row: Row) -> float:
-    return math.inf if row.milliseconds is None else row.milliseconds
+def best(turns: Sequence[Row]) -> Row:
+    """The fastest turn; where some failed, it says how many."""
+    row = min(turns, key=lambda row: math.inf if row.milliseconds is None else row.milliseconds)
+    failed = sum(turn.note.startswith("failed") for turn in turns)
+    if 0 < failed < len(turns):
+        return replace(row, note=f"{failed} of {len(turns)} turns failed")
+    return row
 
 
 def main() -> None:
@@ -395,11 +400,12 @@ def main() -> None:
     for group in compared(name for name in known if name.startswith(options.only)):
         turns = [
             [in_own_process(name, options.seconds) for name in group]
-            for _ in range(options.turns if len(group) > 1 else 1)
+            for _ in range(max(1, options.turns) if len(group) > 1 else 1)
         ]
         for runs in zip(*turns, strict=True):
-            rows += [min(same, key=_time_or_last) for same in zip(*runs, strict=True)]
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            found = [best(same) for same in zip(*runs, strict=True)]
+            rows += found
+            print("\n".join(table(found).splitlines()[2:]), flush=True)
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     today = datetime.now(UTC).date().isoformat()
     head = (

@@ -130,7 +130,7 @@ class Remembered:
     """A function of a CPU tensor that keeps its last result, for the layers of a model.
 
     They ask for the same of one tensor, one after the other. The result goes when the tensor does,
-    and is made again where the tensor was written to.
+    and is made again where the tensor was written to through torch.
     """
 
     def __init__(self, make: Callable[..., Any]) -> None:

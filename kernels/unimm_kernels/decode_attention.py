@@ -46,7 +46,8 @@ def decode_attention(
         k_cache: (B, S, G, D), H a multiple of G.
         v_cache: (B, S, G, D).
         lengths: (B,) integers in t..S: valid keys of each row, the t new ones counted in. Whatever
-            the cache holds behind them is never read into the result.
+            the cache holds behind them is never read into the result. To be changed through torch
+            alone: for one tensor the layers of a model look at it once.
         scale: factor of the scores, D ** -0.5 by default.
         implementation: "triton", "torch" or None (by device).
 

@@ -122,7 +122,8 @@ class EagerNorm(torch.autograd.Function):
 def inverse_rms(h: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(h^2) + eps) of (..., D), as (..., 1)."""
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
-    # Few calls: sums and quotients with Python numbers took 8.1 us of a row of 256, this 5.3.
+    # Few calls: a row of 256 took 8.1 us with sums and quotients by Python numbers, 5.3 us so, on
+    # one core of an AMD EPYC (Zen 5).
     least = torch.scalar_tensor(eps, dtype=h.dtype, device=h.device)
     return torch.addcmul(least, norm, norm, value=1 / h.shape[-1]).rsqrt_()
 

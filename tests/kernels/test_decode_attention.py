@@ -76,6 +76,17 @@ def test_token_by_token_is_the_whole_row(implementation: str, device: str) -> No
         assert relative_error(step, whole[:, n - 1 : n]) < 1e-5
 
 
+def test_lengths_may_grow_in_place(device: str) -> None:
+    q = torch.randn(2, 1, 2, 16, device=device)
+    cache = torch.randn(2, 9, 2, 16, device=device)
+    lengths = torch.tensor([3, 3], device=device)
+    for _ in range(3):
+        got = decode_attention(q, cache, cache, lengths, implementation="torch")
+        want = decode_attention(q, cache, cache, lengths.clone(), implementation="torch")
+        assert torch.equal(got, want)
+        lengths += torch.tensor([1, 2], device=device)
+
+
 def test_opcheck_and_compile(device: str) -> None:
     q = torch.randn(1, 1, 2, 16, device=device)
     cache = torch.randn(1, 33, 1, 16, device=device)

@@ -96,6 +96,20 @@ def test_norm_and_rotary(
             implementation=implementation,
         )
         got_grads = torch.autograd.grad(got, leaves, grads)
+        with torch.no_grad():  # queries and keys in one go
+            again = qk_norm_rotary(
+                q,
+                k,
+                weights[0],
+                weights[1],
+                positions,
+                bases=BASES,
+                eps=1e-5,
+                implementation=implementation,
+            )
+    for a, b in zip(again, got, strict=True):
+        assert a.dtype == b.dtype == dtype
+        assert relative_error(a, b.detach().double()) < 1e-6
     tolerance = max(TOLERANCE[dtype], 5e-5)
     for a, b in zip((*got, *got_grads), (*want, *want_grads), strict=True):
         assert relative_error(a, b) < tolerance
@@ -203,5 +217,7 @@ def test_errors() -> None:
         rotary(torch.zeros(1, 4, 2, 15), positions, bases=BASES)
     with pytest.raises(ValueError, match="too few for 3 axes"):
         rotary(torch.zeros(1, 4, 2, 4), positions, bases=BASES)
+    with pytest.raises(ValueError, match=r"k \(1, 4, 2, 8\) must have as many channels"):
+        qk_norm_rotary(x, x[..., :8], torch.ones(16), torch.ones(8), positions, bases=BASES)
     with pytest.raises(ValueError, match=r"k_weight \(8,\) must be \(16,\)"):
         qk_norm_rotary(x, x, torch.ones(16), torch.ones(8), positions, bases=BASES)

@@ -69,11 +69,11 @@ class KVCache:
         """
         own, new = self._layers[layer], keys.shape[1]
         length = self.max_length
-        if not self.static:  # a compiled step must not depend on a number that grows
+        if not self.static:  # a compiled step must not depend on what changes as rows grow
             length = self._reach + new
             assert length <= self.max_length, "the cache is too short for these ids"
         for stored, given in zip(own, (keys, values), strict=True):
-            if self._even and not self.static:  # at once; rows of different lengths are scattered
+            if not self.static and self._even:  # at once; rows of other lengths are scattered
                 stored.narrow(2, self._reach, new).copy_(given.transpose(1, 2))
             else:
                 self._scatter(stored, given)
@@ -81,7 +81,10 @@ class KVCache:
         return all_keys, all_values
 
     def ends(self, new: int) -> Tensor:
-        """Ids of each row with `new` more behind them, int64 (B,); one tensor for all layers."""
+        """Ids of each row with `new` more behind them, int64 (B,).
+
+        One tensor for all layers, but for static caches: a compiled step holds no such memory.
+        """
         if self.static:
             return self.lengths + new
         if self._ends is None or self._ends[0] != new:

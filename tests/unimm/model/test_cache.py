@@ -78,3 +78,36 @@ def test_a_static_cache_is_always_whole() -> None:
     assert cache.lengths.data_ptr() == place
     with pytest.raises(AssertionError, match="too short"):
         cache.advance(5)
+
+
+def test_a_static_cache_compiles_once_for_rows_of_any_length() -> None:
+    graphs: list[object] = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def step(cache: KVCache, new: torch.Tensor) -> torch.Tensor:
+        keys, _ = cache.write(0, new, new)
+        return keys.sum() + cache.ends(1).sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, backend=counted)
+    new = torch.randn(2, 1, *HEADS)
+    for lengths in ([1, 1], [1, 0]):
+        cache = KVCache(CONFIG, batch=2, max_length=4, static=True)
+        cache.advance(1, torch.tensor(lengths))
+        assert torch.equal(compiled(cache, new), step(cache, new))
+    assert len(graphs) == 1
+
+
+def test_ends_follow_the_rows() -> None:
+    cache = KVCache(CONFIG, batch=2, max_length=8)
+    assert cache.ends(1).tolist() == [1, 1]
+    assert cache.ends(1) is cache.ends(1)
+    assert cache.ends(2).tolist() == [2, 2]
+    cache.advance(3, torch.tensor([1, 3]))
+    assert cache.ends(1).tolist() == [2, 4]
+    other = KVCache(CONFIG, batch=2, max_length=8)
+    assert other.ends(1).tolist() == [1, 1]
+    other.copy_rows(cache, torch.tensor([1, 0]))
+    assert other.ends(1).tolist() == [4, 2]
