@@ -84,29 +84,12 @@ def test_norm_and_rotary(
         turned(normed(x, w, 1e-5), positions, BASES) for x, w in zip(wide, wide[2:], strict=False)
     ]
     want_grads = torch.autograd.grad(want, wide, [g.double() for g in grads])
+    options: dict[str, Any] = {"bases": BASES, "eps": 1e-5, "implementation": implementation}
     with poisoned_memory():
-        got = qk_norm_rotary(
-            q,
-            k,
-            weights[0],
-            weights[1],
-            positions,
-            bases=BASES,
-            eps=1e-5,
-            implementation=implementation,
-        )
+        got = qk_norm_rotary(q, k, weights[0], weights[1], positions, **options)
         got_grads = torch.autograd.grad(got, leaves, grads)
         with torch.no_grad():  # queries and keys in one go
-            again = qk_norm_rotary(
-                q,
-                k,
-                weights[0],
-                weights[1],
-                positions,
-                bases=BASES,
-                eps=1e-5,
-                implementation=implementation,
-            )
+            again = qk_norm_rotary(q, k, weights[0], weights[1], positions, **options)
     for a, b in zip(again, got, strict=True):
         assert a.dtype == b.dtype == dtype
         assert relative_error(a, b.detach().double()) < 1e-6

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from unimm.model.config import ModelConfig
+from unimm_kernels.backend import Remembered
+
+# On a CPU one tensor for all layers of a step, which then look at it once.
+_remembered_ends = Remembered(lambda lengths, new: lengths + new)
 
 
 class KVCache:
@@ -50,7 +54,6 @@ class KVCache:
         self._rows = torch.arange(batch, device=device)[:, None]
         self._reach = 0  # upper bound of the lengths, known without asking the device
         self._even = True  # all rows are that long
-        self._ends: tuple[int, Tensor] | None = None
         if static:
             # CUDA graphs write into these where they lie, instead of into copies of inputs.
             for tensor in (self.lengths, *(own for pair in self._layers for own in pair)):
@@ -81,15 +84,8 @@ class KVCache:
         return all_keys, all_values
 
     def ends(self, new: int) -> Tensor:
-        """Ids of each row with `new` more behind them, int64 (B,).
-
-        One tensor for all layers, but for static caches: a compiled step holds no such memory.
-        """
-        if self.static:
-            return self.lengths + new
-        if self._ends is None or self._ends[0] != new:
-            self._ends = new, self.lengths + new
-        return self._ends[1]
+        """Ids of each row with `new` more behind them, int64 (B,)."""
+        return _remembered_ends(self.lengths, new)
 
     def _scatter(self, stored: Tensor, given: Tensor) -> None:
         """Write (B, t, G, D) into (B, G, S, D), each row behind its own length."""
@@ -99,7 +95,6 @@ class KVCache:
     def advance(self, count: int, lengths: Tensor | None = None) -> None:
         """Count ids as stored: `count` in every row, or `lengths` (B,) of them row by row."""
         self._reach += count
-        self._ends = None
         assert self._reach <= self.max_length, "the cache is too short for these ids"
         # In place: a CUDA graph reads the lengths where they were when it was recorded.
         self.lengths += count if lengths is None else lengths
@@ -114,4 +109,4 @@ class KVCache:
             for own, other in zip(pair, given, strict=True):
                 own[:, :, :reach] = other[rows, :, :reach]
         self.lengths.copy_(source.lengths[rows])
-        self._reach, self._even, self._ends = reach, source._even, None
+        self._reach, self._even = reach, source._even
